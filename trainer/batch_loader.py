@@ -13,7 +13,7 @@ import torch
 from configs.schema import RunConfig
 from trainer.data.prefetch import Prefetch
 from trainer.data.prepare import prepare
-from trainer.data.sampler import TokenSampler, bounds, documents
+from trainer.data.sampler import TokenSampler, cu_seqlens, document_ids
 from trainer.data.store import TokenStore, fingerprint
 from trainer.engines.base import Batch, DataParallelRank
 from trainer.model.seams import PackedDocuments
@@ -28,8 +28,8 @@ class BatchLoader:
 
     def __init__(self, config: RunConfig, store: TokenStore) -> None:
         self._config, self._store = config, store
-        self._sampler = store.sampler(config.data, config.train.seed)
-        self._validation = store.evaluation(config.data)
+        self._sampler = store.train_sampler(config.data, config.train.seed)
+        self._validation = store.validation_sampler(config.data)
         self._rank, self._device, self._sample_offset = DataParallelRank(0, 1), torch.device("cpu"), 0
         self._prefetched: Iterator[list[_Arrays]] = iter(())
 
@@ -111,8 +111,8 @@ class BatchLoader:
             first, micro, self._config.train.micro_batch, self._rank.index, self._rank.size
         )
         masked = self._config.data.document_mask
-        ids = documents(tokens, self._store.separator) if masked else None
-        return tokens, ids, None if ids is None else bounds(ids)
+        ids = document_ids(tokens, self._store.separator) if masked else None
+        return tokens, ids, None if ids is None else cu_seqlens(ids)
 
     def _batch(self, tokens: np.ndarray, documents: np.ndarray | None, ends: np.ndarray | None) -> Batch:
         if documents is None or ends is None:

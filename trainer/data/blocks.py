@@ -11,9 +11,9 @@ from configs.errors import UserError, from_json, nearest
 from trainer.data import content
 from trainer.data.sources import SourceFile
 
-BLOCK = 1 << 20
+BLOCK_BYTES = 1 << 20
 """Bytes of text that a block holds; one row that is longer makes a longer block."""
-_MARK = b"\xef\xbb\xbf"
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 """UTF-8's byte-order mark, which isn't text."""
 
 
@@ -60,15 +60,15 @@ def blocks(source: SourceFile, fields: Fields) -> Iterator[FileBlock]:
         UserError: for a file that can't be read, is not text, or lacks a column.
     """
     try:
-        packed, kind = source.inspect()
-        with source.open() as file:  # anew: an unpacker may have closed the first one
+        compression, kind = source.inspect()
+        with source.open() as file:  # anew: a decompressor may have closed the first one
             if kind == "parquet":
-                yield from _parquet(source, file, fields)
+                yield from _parquet_blocks(source, file, fields)
             else:
-                cut = _lines if kind == "jsonl" else _pieces
-                yield from cut(source.path, file, content.unpack(file, packed))
-    except content.FAULTS as error:
-        raise content.damaged(source.path, error) from None
+                cut = _jsonl_blocks if kind == "jsonl" else _text_blocks
+                yield from cut(source.path, file, content.decompress(file, compression))
+    except content.READ_ERRORS as error:
+        raise content.unreadable(source.path, error) from None
 
 
 def rows(block: FileBlock, fields: Fields) -> Iterator[TextRow]:
@@ -97,12 +97,12 @@ def rows(block: FileBlock, fields: Fields) -> Iterator[TextRow]:
                 yield _row(line, f"{block.path}:{number}", fields)
 
 
-def _pieces(path: str, stored: IO[bytes], file: IO[bytes]) -> Iterator[FileBlock]:
+def _text_blocks(path: str, stored: IO[bytes], file: IO[bytes]) -> Iterator[FileBlock]:
     """Of a text file, cut where a line ends or else a word, so that a tokenizer sees whole words; never in a character."""
-    number, part = 1, file.read(BLOCK).removeprefix(_MARK)
-    while following := file.read(BLOCK):
+    number, part = 1, file.read(BLOCK_BYTES).removeprefix(_BYTE_ORDER_MARK)
+    while following := file.read(BLOCK_BYTES):
         _refuse_zeros(path, part)
-        cut = part.rfind(b"\n") + 1 or max(0, part.rfind(b" ")) or _letter(part)
+        cut = part.rfind(b"\n") + 1 or max(0, part.rfind(b" ")) or _character_start(part)
         yield FileBlock(path, "text", part[:cut], number, False, stored.tell())
         number, part = number + 1, part[cut:] + following
     _refuse_zeros(path, part)
@@ -114,7 +114,7 @@ def _refuse_zeros(path: str, part: bytes) -> None:
         raise content.zero_refusal(path)
 
 
-def _letter(part: bytes) -> int:
+def _character_start(part: bytes) -> int:
     """The last place where a UTF-8 character begins."""
     cut = len(part) - 1
     while cut > len(part) - 4 and part[cut] & 0xC0 == 0x80:
@@ -122,9 +122,10 @@ def _letter(part: bytes) -> int:
     return cut
 
 
-def _lines(path: str, stored: IO[bytes], file: IO[bytes]) -> Iterator[FileBlock]:
-    number, part = 1, file.read(BLOCK).removeprefix(_MARK)
-    while following := file.read(max(BLOCK, len(part))):  # doubled, or a long line were copied once a block
+def _jsonl_blocks(path: str, stored: IO[bytes], file: IO[bytes]) -> Iterator[FileBlock]:
+    number, part = 1, file.read(BLOCK_BYTES).removeprefix(_BYTE_ORDER_MARK)
+    # Reads double with the part, or a long line were copied once a block.
+    while following := file.read(max(BLOCK_BYTES, len(part))):
         cut = part.rfind(b"\n") + 1
         if cut:
             yield FileBlock(path, "jsonl", part[:cut], number, False, stored.tell())
@@ -197,7 +198,7 @@ def _no_field(place: str, setting: str, field: str, tree: dict[str, Any] | Itera
     )
 
 
-def _parquet(source: SourceFile, file: IO[bytes], fields: Fields) -> Iterator[FileBlock]:
+def _parquet_blocks(source: SourceFile, file: IO[bytes], fields: Fields) -> Iterator[FileBlock]:
     import pyarrow  # heavy, and for parquet only
     import pyarrow.parquet
 
@@ -223,7 +224,7 @@ def _parquet(source: SourceFile, file: IO[bytes], fields: Fields) -> Iterator[Fi
                 texts.append(text)
                 scores += of_batch[i : i + 1]
                 size += len(text or b"")
-                if size >= BLOCK:
+                if size >= BLOCK_BYTES:
                     done = first + len(texts) - 1
                     yield FileBlock(
                         source.path, "parquet", (texts, scores), first, False, source.size * done // total

@@ -20,7 +20,7 @@ from trainer.data import indexed, scores
 from trainer.data.blocks import Fields
 from trainer.data.sources import SourceFile
 from trainer.data.tokenizer import Tokenizer
-from trainer.data.workers import Encoder, Scorer, SourcePosition, TaskResult, in_order, tasks
+from trainer.data.workers import Encoder, Scorer, SourcePosition, TaskResult, map_in_order, tasks
 
 NAME = "tokens"
 """Prefix of the token file in a folder: `tokens.bin`, `tokens.idx`, and `tokens.hash` with 8 bytes a document."""
@@ -28,12 +28,12 @@ _PARTS = ("tokens.bin.part", "ends.part", "journal.part", "tokens.hash.part", "t
 _SCORES = ("scores.part", "threshold.part")
 
 Progress = Callable[[str, int, int, int], None]
-"""Told what is done (`scores`, `tokens`, `verify`), bytes done, bytes in all, and tokens so far."""
+"""Called with the phase (`scores`, `tokens`, `verify`), bytes done, bytes in all, and tokens so far."""
 
 
 @dataclass(frozen=True)
 class PrepareJob:
-    """What is to be prepared, and where."""
+    """A corpus to prepare, and the folder for it."""
 
     folder: Path
     key: str
@@ -51,8 +51,8 @@ class PrepareJob:
         return sum(source.size for source in self.sources)
 
 
-class Scan:
-    """What is known of a token file when all of it has been seen once.
+class TokenScan:
+    """Statistics and digests of a token file, from one pass over it.
 
     Args:
         hashes: where a hash of each document's content goes, 8 bytes each.
@@ -114,19 +114,19 @@ def build(job: PrepareJob) -> None:
     Raises:
         UserError: for data that can't be read, and for a folder that can't be written.
     """
-    kind = indexed.narrowest(job.tokenizer.size)
+    kind = indexed.smallest_dtype(job.tokenizer.size)
     try:
         for left in (*job.folder.glob(".*.tmp"), job.folder / "meta.json"):
             left.unlink(missing_ok=True)
         threshold, notes = _threshold(job)
-        parts = _Parts(job, kind)
+        parts = _PartialFiles(job, kind)
         encoder = Encoder(job.tokenizer, job.fields, threshold, kind)
         with contextlib.closing(parts):
-            todo = tasks(job.sources, job.fields, parts.mark)
-            with contextlib.closing(in_order(encoder, todo, job.workers)) as results:
-                for mark, made in results:
-                    parts.append(mark, made)
-                    job.progress("tokens", mark.read, job.total, parts.scan.tokens)
+            todo = tasks(job.sources, job.fields, parts.position)
+            with contextlib.closing(map_in_order(encoder, todo, job.workers)) as results:
+                for position, made in results:
+                    parts.append(position, made)
+                    job.progress("tokens", position.read, job.total, parts.scan.tokens)
             parts.finish(notes)
     except OSError as error:
         raise UserError(
@@ -148,10 +148,10 @@ def _threshold(job: PrepareJob) -> tuple[float | None, list[str]]:
         pass
     with raw.open("wb") as file:
         todo = tasks(job.sources, job.fields, SourcePosition())
-        with contextlib.closing(in_order(Scorer(job.fields), todo, job.workers)) as results:
-            for mark, scored in results:
+        with contextlib.closing(map_in_order(Scorer(job.fields), todo, job.workers)) as results:
+            for position, scored in results:
                 file.write(scored.astype("<f8").tobytes())
-                job.progress("scores", mark.read, job.total, 0)
+                job.progress("scores", position.read, job.total, 0)
     lowest, kept, rows = scores.threshold(raw, job.keep)
     note = (
         f"data.keep_fraction={job.keep}: {kept} of {rows} rows kept, those with data.score_field='{job.fields.score}' "
@@ -164,23 +164,23 @@ def _threshold(job: PrepareJob) -> tuple[float | None, list[str]]:
     return lowest, [note]
 
 
-class _Parts:
-    """The files of a folder while they grow."""
+class _PartialFiles:
+    """The partial files of a folder while it is written, with a journal to recover from."""
 
     def __init__(self, job: PrepareJob, kind: np.dtype) -> None:
         self._job, self._kind = job, kind
         self._ids, self._ends, self._journal, hashes, self._index = (job.folder / name for name in _PARTS)
-        self.scan = Scan(hashes, kind)
-        self.mark = SourcePosition()
+        self.scan = TokenScan(hashes, kind)
+        self.position = SourcePosition()
         self._counts: Counter[str] = Counter()
-        lines = self._take_up()
+        lines = self._recover()
         self._files = [path.open("ab") for path in (self._ids, self._ends)]
         with self._journal.open("w") as file:
             file.write("\n".join([json.dumps({"key": job.key}), *lines]) + "\n")
         self._lines = self._journal.open("a")
 
-    def _take_up(self) -> list[str]:
-        """Check what an earlier try left, cut off what can't be trusted; the journal's lines that hold."""
+    def _recover(self) -> list[str]:
+        """Verify what an interrupted try wrote and truncate the rest; the journal's lines that are valid."""
         good: list[str] = []
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             head, *lines = self._journal.read_text().splitlines()
@@ -197,7 +197,7 @@ class _Parts:
                             break
                         self._count(SourcePosition(*entry["mark"]), made)
                         good.append(line)
-                        self._job.progress("verify", self.mark.read, self._job.total, self.scan.tokens)
+                        self._job.progress("verify", self.position.read, self._job.total, self.scan.tokens)
         for path, size in (
             (self._ids, self.scan.tokens * self._kind.itemsize),
             (self._ends, self.scan.documents * 8),
@@ -206,32 +206,32 @@ class _Parts:
                 file.truncate(size)
         return good
 
-    def _entry(self, mark: SourcePosition, made: TaskResult) -> dict[str, Any]:
+    def _entry(self, position: SourcePosition, made: TaskResult) -> dict[str, Any]:
         """A line of the journal."""
         digest = hashlib.blake2b(made.ids.tobytes() + made.ends.tobytes(), digest_size=16).hexdigest()
         return {
-            "mark": list(mark), "tokens": len(made.ids), "documents": len(made.ends), "counts": dict(made.counts),
+            "mark": list(position), "tokens": len(made.ids), "documents": len(made.ends), "counts": dict(made.counts),
             "digest": digest,
         }  # fmt: skip
 
-    def _count(self, mark: SourcePosition, made: TaskResult) -> None:
+    def _count(self, position: SourcePosition, made: TaskResult) -> None:
         self.scan.feed(made.ids, made.ends + self.scan.tokens)
         self._counts += made.counts
-        self.mark = mark
+        self.position = position
 
-    def append(self, mark: SourcePosition, made: TaskResult) -> None:
+    def append(self, position: SourcePosition, made: TaskResult) -> None:
         """What the next task gave."""
         for file, data in zip(
             self._files, (made.ids, (made.ends + self.scan.tokens).astype("<i8")), strict=True
         ):
             file.write(data.tobytes())
             file.flush()
-        self._lines.write(json.dumps(self._entry(mark, made)) + "\n")
+        self._lines.write(json.dumps(self._entry(position, made)) + "\n")
         self._lines.flush()
-        self._count(mark, made)
+        self._count(position, made)
 
     def finish(self, notes: list[str]) -> None:
-        """Give the files their names, and say last that they are whole."""
+        """Give the files their final names, then write `meta.json`, which commits them."""
         job, names = self._job, [NAME + end for end in (".bin", ".idx", ".hash")]
         for file in self._files:
             os.fsync(file.fileno())
@@ -245,7 +245,7 @@ class _Parts:
         meta = scanned | {
             "key": job.key, "dtype": self._kind.name, "sources": len(job.sources), "rows": self._counts["rows"],
             "separator": job.tokenizer.separator, "tokenizer": job.tokenizer.digest,
-            "notes": [*notes, *_shown(self._counts)],
+            "notes": [*notes, *_count_notes(self._counts)],
         }  # fmt: skip
         CheckpointStore(str(job.folder)).write("meta.json", [json.dumps(meta, indent=1).encode()])
         for name in (*_PARTS, *_SCORES):
@@ -257,7 +257,7 @@ class _Parts:
             file.close()
 
 
-def _shown(counts: Counter[str]) -> Iterator[str]:
+def _count_notes(counts: Counter[str]) -> Iterator[str]:
     """What was left out or mended, for the notes."""
     if counts["empty"]:
         yield f"{counts['empty']} of the texts are empty or null and were left out"

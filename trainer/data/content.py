@@ -13,10 +13,10 @@ from configs.errors import UserError
 
 Kind = Literal["text", "jsonl", "parquet"]
 
-HEAD = 1 << 16
-"""Bytes of the beginning that are looked at."""
+HEAD_BYTES = 1 << 16
+"""Bytes at the beginning of a file by which its format is detected."""
 
-_PACKED = (
+_COMPRESSIONS = (
     ("gzip", (b"\x1f\x8b",), (".gz",)),
     ("zstd", (b"\x28\xb5\x2f\xfd",), (".zst", ".zstd")),
     ("xz", (b"\xfd7zXZ\x00",), (".xz",)),
@@ -25,13 +25,13 @@ _PACKED = (
 """Name, first bytes and suffixes of what can be unpacked."""
 _JSONL = (".jsonl", ".ndjson", ".json")
 _PARQUET = (".parquet",)
-_MARKS = (
+_BYTE_ORDER_MARKS = (
     (0, b"\xff\xfe\x00\x00", "UTF-32 text"),
     (0, b"\x00\x00\xfe\xff", "UTF-32 text"),
     (0, b"\xff\xfe", "UTF-16 text (little-endian, by its byte-order mark)"),
     (0, b"\xfe\xff", "UTF-16 text (big-endian, by its byte-order mark)"),
 )
-_WORDLESS = (
+_BINARY = (
     (0, b"\x89PNG\r\n", "a PNG image"),
     (0, b"\xff\xd8\xff", "a JPEG image"),
     (0, b"GIF87a", "a GIF image"),
@@ -40,8 +40,8 @@ _WORDLESS = (
     (0, b"\x7fELF", "an ELF program"),
     (0, b"\x93NUMPY", "a NumPy array"),
 )
-"""First bytes of what holds no text in any form."""
-_FOREIGN = (
+"""Magic bytes of formats that hold no text in any form."""
+_UNSUPPORTED = (
     (0, b"%PDF-", "a PDF document"),
     (0, b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office document"),
     (0, b"PK\x03\x04", "a zip archive"),
@@ -57,7 +57,7 @@ _FOREIGN = (
     (0, b"\x89HDF\r\n", "an HDF5 file"),
     (0, b"MMIDIDX", "the index of a token file"),
 )
-"""First bytes of what may hold text in a form that isn't read here."""
+"""Magic bytes of formats that may hold text but aren't supported."""
 _TEXT = (
     ".txt", ".text", ".md", ".rst", ".tex", ".html", ".htm", ".xml", ".csv", ".tsv", ".srt", ".py", ".c", ".h", ".cc",
     ".cpp", ".java", ".js", ".go", ".rs", ".sh",
@@ -67,18 +67,18 @@ _NOT_TEXT = bytes(set(range(1, 32)) - {8, 9, 10, 12, 13, 27})
 """Control characters that text has no use for."""
 _RARE = 20
 """Text holds fewer than one of them in so many bytes."""
-FAULTS = (OSError, EOFError, zlib.error, lzma.LZMAError)
-"""What unpackers and file systems raise for what is damaged or cut short."""
+READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
+"""Errors of decompressors and file systems for a damaged or truncated file."""
 
 
-class Wordless(UserError):
+class BinaryFile(UserError):
     """A file that holds no text in any form: a program, an image, a cache. In a folder it may be left out."""
 
 
 def base_name(path: str) -> str:
     """A path in lower case without the suffix of a packer, where it has one."""
     name = path.lower()
-    for _, _, suffixes in _PACKED:
+    for _, _, suffixes in _COMPRESSIONS:
         for suffix in suffixes:
             if name.endswith(suffix):
                 return name.removesuffix(suffix)
@@ -95,38 +95,38 @@ def kind_by_name(path: str) -> Kind | None:
     return "text" if "." in name.rsplit("/", 1)[-1].lstrip(".") else None
 
 
-def promises_text(path: str) -> bool:
+def has_text_suffix(path: str) -> bool:
     """Whether a name promises text, so that anything else in the file is a fault of it."""
     return base_name(path).endswith(_TEXT)
 
 
-def damaged(path: str, error: BaseException) -> UserError:
+def unreadable(path: str, error: BaseException) -> UserError:
     """What is said of a file that can't be read or unpacked."""
     return UserError(f"{path} can't be read: {error}; repair it or leave it out of data.path")
 
 
 def inspect(path: str, file: IO[bytes]) -> tuple[str | None, Kind]:
-    """How a file is packed (None: it isn't) and what is in it, by its first bytes.
+    """How a file is compressed (None: it isn't) and what is in it, by its first bytes.
 
     Raises:
-        Wordless: for what holds no text in any form, with what it is.
+        BinaryFile: for what holds no text in any form, with what it is.
         UserError: for what is neither text nor rows of text, with what it is.
         OSError, EOFError, zlib.error, lzma.LZMAError: where it can't be read or unpacked.
     """
-    head = file.read(HEAD)
-    packed = next((name for name, marks, _ in _PACKED if head.startswith(marks)), None)
-    said = next((name for name, _, ends in _PACKED if path.lower().endswith(ends)), None)
-    if said and head and packed != said:
-        raise OSError(f"its name says {said}, its content {packed or 'is not packed'}")
-    if packed:
+    head = file.read(HEAD_BYTES)
+    compression = next((name for name, marks, _ in _COMPRESSIONS if head.startswith(marks)), None)
+    said = next((name for name, _, ends in _COMPRESSIONS if path.lower().endswith(ends)), None)
+    if said and head and compression != said:
+        raise OSError(f"its name says {said}, its content {compression or 'is not packed'}")
+    if compression:
         file.seek(0)
-        head = unpack(file, packed).read(HEAD)
-        if inner := next((name for name, marks, _ in _PACKED if head.startswith(marks)), None):
-            raise _refusal(path, f"{inner} inside {packed}")
+        head = decompress(file, compression).read(HEAD_BYTES)
+        if inner := next((name for name, marks, _ in _COMPRESSIONS if head.startswith(marks)), None):
+            raise _refusal(path, f"{inner} inside {compression}")
     by_name = kind_by_name(path)
     if head.startswith(b"PAR1"):
-        if packed:
-            raise _refusal(path, f"parquet inside {packed}")
+        if compression:
+            raise _refusal(path, f"parquet inside {compression}")
         return None, "parquet"
     if by_name == "parquet":
         raise UserError(f"{path} is not parquet; repair it or leave it out of data.path")
@@ -136,27 +136,27 @@ def inspect(path: str, file: IO[bytes]) -> tuple[str | None, Kind]:
         raise UserError(
             f"{path}:1 is an array, not an object; write one object a line: jq -c '.[]' {path.rsplit('/', 1)[-1]}"
         )
-    return packed, kind
+    return compression, kind
 
 
-def unpack(file: IO[bytes], packed: str | None) -> IO[bytes]:
+def decompress(file: IO[bytes], compression: str | None) -> IO[bytes]:
     """`file` as its unpacked bytes, to be read forward."""
-    if packed == "gzip":
+    if compression == "gzip":
         return cast("IO[bytes]", gzip.open(file))
-    if packed == "xz":
+    if compression == "xz":
         return cast("IO[bytes]", lzma.open(file))
-    if packed == "bz2":
+    if compression == "bz2":
         return cast("IO[bytes]", bz2.open(file))
-    if packed == "zstd":
+    if compression == "zstd":
         import pyarrow  # heavy, and for this packer only
 
         return cast(
-            "IO[bytes]", _Whole(pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd"))
+            "IO[bytes]", _FullReads(pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd"))
         )
     return file
 
 
-class _Whole(io.RawIOBase):
+class _FullReads(io.RawIOBase):
     """Arrow's stream as a file: its `read` may give less than was asked before the end."""
 
     def __init__(self, stream: Any) -> None:
@@ -174,10 +174,10 @@ class _Whole(io.RawIOBase):
 
 
 def _refuse_foreign(path: str, head: bytes) -> None:
-    for at, mark, what in (*_MARKS, *_FOREIGN):
+    for at, mark, what in (*_BYTE_ORDER_MARKS, *_UNSUPPORTED):
         if head[at : at + len(mark)] == mark:
             raise _refusal(path, what)
-    for at, mark, what in _WORDLESS:
+    for at, mark, what in _BINARY:
         if head[at : at + len(mark)] == mark:
             raise _wordless(path, what)
     if b"\0" in head:
@@ -202,8 +202,8 @@ def zero_refusal(path: str) -> UserError:
     return _refusal(path, "binary (it holds zero bytes)")
 
 
-def _wordless(path: str, what: str) -> Wordless:
-    return Wordless(f"{path} is {what}, not text, jsonl or parquet; leave it out of data.path")
+def _wordless(path: str, what: str) -> BinaryFile:
+    return BinaryFile(f"{path} is {what}, not text, jsonl or parquet; leave it out of data.path")
 
 
 def _refusal(path: str, what: str) -> UserError:

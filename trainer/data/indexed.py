@@ -24,13 +24,13 @@ CODES: dict[int, type[np.generic]] = {
 }  # fmt: skip
 """Code -> type of the ids. There is no uint32."""
 _HEADER = struct.Struct("<9sQBQQ")
-LONGEST = 1 << 30
+MAX_SEQUENCE_TOKENS = 1 << 30
 """Tokens of a sequence; a longer document is written as several, since lengths are int32."""
 _ROWS = 1 << 20
 """Documents that are handled at a time."""
 
 
-def narrowest(size: int) -> np.dtype:
+def smallest_dtype(size: int) -> np.dtype:
     """The smallest type of the format that holds ids below `size`."""
     return np.dtype(np.uint8 if size <= 1 << 8 else np.uint16 if size <= 1 << 16 else np.int32)
 
@@ -157,35 +157,35 @@ def write_index(path: Path, kind: np.dtype, ends: np.ndarray) -> None:
 
     The file is flushed to disk; its name is the caller's to move. Memory stays bounded however many there are.
     """
-    pieces = sum(int(counts.sum()) for counts, _ in _cut(ends))
+    pieces = sum(int(counts.sum()) for counts, _ in _sequences(ends))
     code = next(code for code, known in CODES.items() if np.dtype(known) == kind)
     with path.open("wb") as file:
         file.write(_HEADER.pack(MAGIC, VERSION, code, pieces, len(ends) + 1))
-        for _, lengths in _cut(ends):
+        for _, lengths in _sequences(ends):
             file.write(lengths.astype("<i4").tobytes())
         at = 0
-        for _, lengths in _cut(ends):
+        for _, lengths in _sequences(ends):
             after = at + np.cumsum(lengths) * kind.itemsize
             file.write(np.concatenate([[at], after[:-1]]).astype("<i8").tobytes())
             at = int(after[-1])
         file.write(np.zeros(1, "<i8").tobytes())
         sequence = 0
-        for counts, _ in _cut(ends):
+        for counts, _ in _sequences(ends):
             file.write((sequence + np.cumsum(counts)).astype("<i8").tobytes())
             sequence += int(counts.sum())
 
 
-def _cut(ends: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _sequences(ends: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """For some documents at a time: sequences of each, and the length of each sequence."""
     at = 0
     for i in range(0, len(ends), _ROWS):
         some = np.asarray(ends[i : i + _ROWS], dtype=np.int64)
         lengths = np.diff(some, prepend=at)
-        counts = np.maximum(1, -(-lengths // LONGEST))
+        counts = np.maximum(1, -(-lengths // MAX_SEQUENCE_TOKENS))
         pieces = np.repeat(lengths, counts)
         if len(pieces) > len(lengths):
             place = np.arange(len(pieces)) - np.repeat(np.cumsum(counts) - counts, counts)
-            pieces = np.minimum(pieces - place * LONGEST, LONGEST)
+            pieces = np.minimum(pieces - place * MAX_SEQUENCE_TOKENS, MAX_SEQUENCE_TOKENS)
         yield counts, pieces
         at = int(some[-1])
 

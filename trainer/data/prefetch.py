@@ -27,7 +27,7 @@ class Prefetch(Generic[K, T]):
     def __init__(self, read: Callable[[K], T], keys: Iterable[K], ahead: int = 1) -> None:
         self._read, self._keys = read, keys
         self._results: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue()
-        self._room = threading.Semaphore(ahead)
+        self._free = threading.Semaphore(ahead)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="data", daemon=True)
         self._thread.start()
@@ -35,7 +35,7 @@ class Prefetch(Generic[K, T]):
     def _run(self) -> None:
         try:
             for key in self._keys:
-                self._room.acquire()
+                self._free.acquire()
                 if self._stopped.is_set():
                     break
                 self._results.put((self._read(key), None))
@@ -52,13 +52,13 @@ class Prefetch(Generic[K, T]):
                 if isinstance(error, StopIteration):
                     return
                 raise error
-            self._room.release()
+            self._free.release()
             yield cast("T", result)
 
     def close(self) -> None:
         """End the thread; a result that is being read is finished and dropped."""
         self._stopped.set()
-        self._room.release()
+        self._free.release()
         self._thread.join()
 
     def __enter__(self) -> Prefetch[K, T]:

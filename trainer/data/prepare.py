@@ -16,23 +16,23 @@ from configs.errors import UserError, from_json
 from configs.schema import DataConfig
 from trainer.data import indexed, tokenizer
 from trainer.data.blocks import Fields, blocks, rows
-from trainer.data.build import NAME, PrepareJob, Progress, Scan, build
-from trainer.data.sources import ResolvedPath, find
+from trainer.data.build import NAME, PrepareJob, Progress, TokenScan, build
+from trainer.data.sources import ResolvedPath, resolve
 from trainer.data.store import PreparedPart, TokenStore
-from trainer.data.streams import Stream, split
+from trainer.data.streams import TokenStream, split_validation
 from trainer.data.workers import cores
 
 _VERSION = 2
 """Of what is in a folder; another one is prepared anew."""
-_LOOKED_AT = 64
-"""Files whose beginning is looked at before a run is queued."""
-_SMALL = 8 << 20
+_CHECKED_FILES = 64
+"""Files whose beginning is checked before a run is queued."""
+_SMALL_BYTES = 8 << 20
 """Bytes of sources that are prepared sooner than worker processes start."""
 
 
 @dataclass(frozen=True)
-class _Wanted:
-    """One path of the configuration."""
+class _Corpus:
+    """A corpus: one path of the configuration, with its weight."""
 
     path: str | None
     weight: float
@@ -59,11 +59,11 @@ class _Wanted:
         return Fields(self.data.text_field, self.data.score_field)
 
 
-def _wanted(data: DataConfig) -> list[_Wanted]:
+def _corpora(data: DataConfig) -> list[_Corpus]:
     """The paths, sorted, so that the order in which a mixture is written doesn't matter."""
     if data.mixture:
-        return [_Wanted(path, weight, data) for path, weight in sorted(data.mixture.items())]
-    return [_Wanted(data.path, 1.0, data)]
+        return [_Corpus(path, weight, data) for path, weight in sorted(data.mixture.items())]
+    return [_Corpus(data.path, 1.0, data)]
 
 
 def check(data: DataConfig, vocab: int) -> list[str]:
@@ -76,42 +76,42 @@ def check(data: DataConfig, vocab: int) -> list[str]:
         UserError: what is missing, empty, no text, or doesn't fit.
     """
     notes: list[str] = []
-    for wanted in _wanted(data):
-        prefix = wanted.prefix
+    for corpus in _corpora(data):
+        prefix = corpus.prefix
         if prefix is not None:
-            _check_prepared(wanted, prefix, vocab)
+            _check_prepared(corpus, prefix, vocab)
         else:
-            notes += _check_text(wanted, vocab)
+            notes += _check_text(corpus, vocab)
     return list(dict.fromkeys(notes))
 
 
-def _check_prepared(wanted: _Wanted, prefix: Path, vocab: int) -> None:
-    _refuse_scores(wanted)
+def _check_prepared(corpus: _Corpus, prefix: Path, vocab: int) -> None:
+    _refuse_scores(corpus)
     index = indexed.read(prefix)
-    if wanted.data.tokenizer != "bytes":
-        tokenizer.load(wanted.data.tokenizer, wanted.data.end_token)
+    if corpus.data.tokenizer != "bytes":
+        tokenizer.load(corpus.data.tokenizer, corpus.data.end_token)
     some = index.tokens[: 1 << 16]
     if len(some):
-        _refuse_unknown(wanted, int(some.max()), int(some.min()), vocab)
-    _refuse_short(wanted, len(index.tokens))
+        _refuse_unknown(corpus, int(some.max()), int(some.min()), vocab)
+    _refuse_short(corpus, len(index.tokens))
 
 
-def _check_text(wanted: _Wanted, vocab: int) -> list[str]:
-    words = tokenizer.load(wanted.data.tokenizer, wanted.data.end_token)
-    _refuse_small(wanted, words.size, vocab)
-    files = find(wanted.path, wanted.field)
-    needed, have = wanted.data.sequence + 1, 0
+def _check_text(corpus: _Corpus, vocab: int) -> list[str]:
+    words = tokenizer.load(corpus.data.tokenizer, corpus.data.end_token)
+    _refuse_small(corpus, words.size, vocab)
+    files = resolve(corpus.path, corpus.field)
+    needed, have = corpus.data.sequence + 1, 0
     for i, source in enumerate(files.sources):
-        if i >= _LOOKED_AT and have >= needed:
+        if i >= _CHECKED_FILES and have >= needed:
             break
-        for block in blocks(source, wanted.fields):
-            for row in rows(block, wanted.fields):
+        for block in blocks(source, corpus.fields):
+            for row in rows(block, corpus.fields):
                 if have < needed and row.text:
                     ids = words.encode([row.text[: 64 * needed]], Counter())[0]
                     have += needed if len(row.text) > 64 * needed else len(ids) + (row.ends and len(ids) > 0)
             if have >= needed:
                 break
-    _refuse_short(wanted, have)
+    _refuse_short(corpus, have)
     return [*files.notes, *words.notes]
 
 
@@ -139,15 +139,15 @@ def prepare(
         UserError: for data that is missing, malformed, empty or shorter than one sample.
     """
     parts = []
-    for wanted in _wanted(data):
-        prefix = wanted.prefix
+    for corpus in _corpora(data):
+        prefix = corpus.prefix
         cache = Path(data.cache or default_cache)
         if prefix is None:
-            folder, meta = _prepared(wanted, vocab, out, cache, (workers, progress))
+            folder, meta = _prepare_text(corpus, vocab, out, cache, (workers, progress))
             prefix = folder / NAME
         else:
-            folder, meta = _taken_up(wanted, prefix, cache, progress)
-        parts.append(_part(wanted, prefix, folder, meta, vocab))
+            folder, meta = _adopt_token_file(corpus, prefix, cache, progress)
+        parts.append(_part(corpus, prefix, folder, meta, vocab))
     separators = {part.separator for part in parts}
     if len(separators) > 1:
         raise UserError(
@@ -158,61 +158,63 @@ def prepare(
 
 
 def _part(
-    wanted: _Wanted, prefix: Path, folder: Path, meta: dict[str, Any], vocab: int | None
+    corpus: _Corpus, prefix: Path, folder: Path, meta: dict[str, Any], vocab: int | None
 ) -> PreparedPart:
-    _refuse_unknown(wanted, meta["largest"], meta["smallest"], vocab)
-    _refuse_short(wanted, meta["tokens"])
+    _refuse_unknown(corpus, meta["largest"], meta["smallest"], vocab)
+    _refuse_short(corpus, meta["tokens"])
     index = indexed.read(prefix, checked=True)
-    train, validation, held = Stream(index.tokens), None, 0
-    if wanted.data.validation:
-        share, hashes = wanted.data.validation, folder / f"{NAME}.hash"
-        train, validation, held = split(index.tokens, index.ends(), hashes, share, wanted.setting)
+    train, validation, held = TokenStream(index.tokens), None, 0
+    if corpus.data.validation:
+        share, hashes = corpus.data.validation, folder / f"{NAME}.hash"
+        train, validation, held = split_validation(index.tokens, index.ends(), hashes, share, corpus.setting)
         for stream, side in ((train, "trained on"), (validation, "held out")):
-            if len(stream) <= wanted.data.sequence:
+            if len(stream) <= corpus.data.sequence:
                 raise UserError(
-                    f"data.validation={share}: the documents {side} of {wanted.setting} are {len(stream)} tokens, less "
-                    f"than one sample of data.sequence={wanted.data.sequence}; change either"
+                    f"data.validation={share}: the documents {side} of {corpus.setting} are {len(stream)} tokens, less "
+                    f"than one sample of data.sequence={corpus.data.sequence}; change either"
                 )
     return PreparedPart(
-        wanted.path, wanted.weight, folder, index.tokens, meta["documents"], meta["separator"], train, validation,
+        corpus.path, corpus.weight, folder, index.tokens, meta["documents"], meta["separator"], train, validation,
         held, meta["digest"], meta["tokenizer"], tuple(meta["notes"]),
     )  # fmt: skip
 
 
-def _prepared(
-    wanted: _Wanted, vocab: int | None, out: Path | None, cache: Path, how: tuple[int | None, Progress]
+def _prepare_text(
+    corpus: _Corpus, vocab: int | None, out: Path | None, cache: Path, how: tuple[int | None, Progress]
 ) -> tuple[Path, dict[str, Any]]:
-    """The folder of prepared text, prepared first where it has to be, and what is known of it."""
-    data, (workers, progress) = wanted.data, how
+    """The folder of a text corpus, which is prepared first if it isn't yet, and its metadata."""
+    data, (workers, progress) = corpus.data, how
     words = tokenizer.load(data.tokenizer, data.end_token)
-    _refuse_small(wanted, words.size, vocab)
-    files = find(wanted.path, wanted.field)
-    key = _key(wanted, words, files)
+    _refuse_small(corpus, words.size, vocab)
+    files = resolve(corpus.path, corpus.field)
+    key = _key(corpus, words, files)
     folder = out or cache / key
     with _lock(folder, "--out" if out else "data.cache"):
-        meta = _known(folder, folder / NAME)
+        meta = _read_meta(folder, folder / NAME)
         if meta is not None and meta["key"] != key:
             raise UserError(f"--out {folder} holds another prepared corpus; name a new folder")
         if meta is None:
             total = sum(source.size for source in files.sources)
             if workers is None:  # bytes need no encoding, and a small corpus no company
-                workers = 1 if data.tokenizer == "bytes" or 0 < total < _SMALL else cores()
+                workers = 1 if data.tokenizer == "bytes" or 0 < total < _SMALL_BYTES else cores()
             keep = data.keep_fraction
-            build(PrepareJob(folder, key, files.sources, words, wanted.fields, keep, workers, progress))
+            build(PrepareJob(folder, key, files.sources, words, corpus.fields, keep, workers, progress))
     meta = from_json((folder / "meta.json").read_text())
     return folder, meta | {"notes": [*files.notes, *words.notes, *meta["notes"]]}
 
 
-def _taken_up(wanted: _Wanted, prefix: Path, cache: Path, progress: Progress) -> tuple[Path, dict[str, Any]]:
-    """The folder with what is known of a token file made before, here or by Megatron, all of it seen once."""
-    _refuse_scores(wanted)
-    data, index = wanted.data, indexed.read(prefix)
+def _adopt_token_file(
+    corpus: _Corpus, prefix: Path, cache: Path, progress: Progress
+) -> tuple[Path, dict[str, Any]]:
+    """The folder with the statistics of an existing token file, ours or Megatron's, after one pass over it."""
+    _refuse_scores(corpus)
+    data, index = corpus.data, indexed.read(prefix)
     words = tokenizer.load(data.tokenizer, data.end_token) if data.tokenizer != "bytes" else None
-    own = _known(prefix.parent, prefix) if prefix.name == NAME else None
+    own = _read_meta(prefix.parent, prefix) if prefix.name == NAME else None
     if own is not None:
         if words is not None and words.digest != own["tokenizer"]:
             raise UserError(
-                f"data.tokenizer='{data.tokenizer}' is not the one that {wanted.setting} was prepared with; leave it out, "
+                f"data.tokenizer='{data.tokenizer}' is not the one that {corpus.setting} was prepared with; leave it out, "
                 "or prepare the text again"
             )
         return prefix.parent, own
@@ -223,7 +225,7 @@ def _taken_up(wanted: _Wanted, prefix: Path, cache: Path, progress: Progress) ->
     folder = cache / hashlib.blake2b(identity.encode(), digest_size=12).hexdigest()
     with _lock(folder):
         if not (folder / "meta.json").is_file():
-            scan = Scan(folder / f"{NAME}.hash", index.tokens.dtype)
+            scan = TokenScan(folder / f"{NAME}.hash", index.tokens.dtype)
             for done in indexed.scan(index, scan.feed):
                 progress("verify", done, len(index.tokens), done)
             from faulttol.checkpoint.store import CheckpointStore
@@ -235,21 +237,21 @@ def _taken_up(wanted: _Wanted, prefix: Path, cache: Path, progress: Progress) ->
     if separator is None or separator != meta["closing"]:
         if data.document_mask:
             raise UserError(
-                f"{wanted.setting}: not every document ends with the same id ({separator}), so nothing separates them; set "
+                f"{corpus.setting}: not every document ends with the same id ({separator}), so nothing separates them; set "
                 "data.end_token and data.tokenizer to what they end with, or data.document_mask=false, or make the "
                 "file again with --append-eod"
             )
         separator = None
-        notes.append(f"{wanted.setting}: documents have no common end; attention crosses them")
+        notes.append(f"{corpus.setting}: documents have no common end; attention crosses them")
     elif words is None:
         notes.append(
-            f"{wanted.setting}: every document ends with id {separator}, taken as what separates them"
+            f"{corpus.setting}: every document ends with id {separator}, taken as what separates them"
         )
     digest = None if words is None else words.digest
     return folder, meta | {"separator": separator, "tokenizer": digest, "notes": notes}
 
 
-def _known(folder: Path, prefix: Path) -> dict[str, Any] | None:
+def _read_meta(folder: Path, prefix: Path) -> dict[str, Any] | None:
     """What `meta.json` says of a token file beside it; None where they don't fit."""
     try:
         meta: dict[str, Any] = from_json((folder / "meta.json").read_text())
@@ -262,47 +264,47 @@ def _known(folder: Path, prefix: Path) -> dict[str, Any] | None:
         return None
 
 
-def _refuse_scores(wanted: _Wanted) -> None:
-    if wanted.data.score_field is not None:
+def _refuse_scores(corpus: _Corpus) -> None:
+    if corpus.data.score_field is not None:
         raise UserError(
-            f"data.score_field='{wanted.data.score_field}': {wanted.setting} is prepared already and has no scores; "
+            f"data.score_field='{corpus.data.score_field}': {corpus.setting} is prepared already and has no scores; "
             "prepare the text with it, or leave it out"
         )
 
 
-def _refuse_short(wanted: _Wanted, have: int) -> None:
+def _refuse_short(corpus: _Corpus, have: int) -> None:
     if have <= 1:
-        raise UserError(f"{wanted.setting} is empty; type a path with text in it")
-    if have <= wanted.data.sequence:
+        raise UserError(f"{corpus.setting} is empty; type a path with text in it")
+    if have <= corpus.data.sequence:
         raise UserError(
-            f"data.sequence={wanted.data.sequence} is longer than the data ({have} tokens in {wanted.setting}); "
+            f"data.sequence={corpus.data.sequence} is longer than the data ({have} tokens in {corpus.setting}); "
             f"set data.sequence to at most {have - 1}"
         )
 
 
-def _refuse_small(wanted: _Wanted, size: int, vocab: int | None) -> None:
+def _refuse_small(corpus: _Corpus, size: int, vocab: int | None) -> None:
     if vocab is not None and size > vocab:
-        name = "bytes" if wanted.data.tokenizer == "bytes" else f"'{wanted.data.tokenizer}'"
+        name = "bytes" if corpus.data.tokenizer == "bytes" else f"'{corpus.data.tokenizer}'"
         raise UserError(
             f"model.vocab={vocab} is below the {size} ids of data.tokenizer={name}; set model.vocab={size}"
         )
 
 
-def _refuse_unknown(wanted: _Wanted, largest: int, smallest: int, vocab: int | None) -> None:
+def _refuse_unknown(corpus: _Corpus, largest: int, smallest: int, vocab: int | None) -> None:
     if vocab is not None and largest >= vocab:
         raise UserError(
-            f"model.vocab={vocab} is too small for {wanted.setting}, which holds the id {largest}; set "
+            f"model.vocab={vocab} is too small for {corpus.setting}, which holds the id {largest}; set "
             f"model.vocab={largest + 1} or more"
         )
     if smallest < 0:
         raise UserError(
-            f"{wanted.setting} holds the id {smallest}; tokens are 0 or above: make the file again"
+            f"{corpus.setting} holds the id {smallest}; tokens are 0 or above: make the file again"
         )
 
 
-def _key(wanted: _Wanted, words: tokenizer.Tokenizer, files: ResolvedPath) -> str:
+def _key(corpus: _Corpus, words: tokenizer.Tokenizer, files: ResolvedPath) -> str:
     """Of all that the tokens depend on."""
-    data = wanted.data
+    data = corpus.data
     digest = hashlib.blake2b(digest_size=12)
     settings = [_VERSION, words.digest, data.text_field, data.score_field, data.keep_fraction]
     digest.update(json.dumps(settings).encode())

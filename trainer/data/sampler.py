@@ -9,13 +9,13 @@ from typing import NamedTuple
 import numpy as np
 
 from trainer.data.mixture import Mixture
-from trainer.data.streams import Stream
+from trainer.data.streams import TokenStream
 
-_ROUNDS = 4
+_FEISTEL_ROUNDS = 4
 
 
 class TokenSample(NamedTuple):
-    """One sample, and where it was cut out."""
+    """One sample, and where in its stream it begins."""
 
     tokens: np.ndarray
     """[sequence + 1] ids; the last is a target only."""
@@ -23,7 +23,7 @@ class TokenSample(NamedTuple):
     """Of the mixture."""
     epoch: int
     """Of that part."""
-    at: int
+    offset: int
     """Token of the part's stream at which it begins."""
 
 
@@ -56,12 +56,12 @@ class TokenSampler:
 
     def __init__(
         self,
-        streams: Sequence[Stream | np.ndarray],
+        streams: Sequence[TokenStream | np.ndarray],
         sequence: int,
         seed: int,
         weights: Sequence[float] | None = None,
     ) -> None:
-        self._streams = [one if isinstance(one, Stream) else Stream(one) for one in streams]
+        self._streams = [one if isinstance(one, TokenStream) else TokenStream(one) for one in streams]
         self._sequence, self._seed = sequence, seed
         self._mixture = Mixture(weights if weights is not None else [1.0] * len(streams))
         for stream in self._streams:
@@ -73,7 +73,7 @@ class TokenSampler:
     def batch(self, first: int, micro: int, micro_batch: int, dp_rank: int, dp: int) -> np.ndarray:
         """Token ids [micro_batch, sequence + 1] int64 of one forward pass.
 
-        The samples of a step are dealt out by accumulation step, then data-parallel place, so the set of a step
+        The samples of a step are dealt out by accumulation step, then data-parallel position_in_epoch, so the set of a step
         is the same under every layout.
 
         Args:
@@ -86,9 +86,9 @@ class TokenSampler:
     def sample(self, position: int) -> TokenSample:
         """The sample that comes after `position` others since the run's beginning."""
         part, index = self._mixture.choose(position)
-        epoch, place = divmod(index, self.samples[part])
+        epoch, position_in_epoch = divmod(index, self.samples[part])
         stream = self._streams[part]
-        start = self.offset(epoch, part) + self.permuted(place, epoch, part) * self._sequence
+        start = self.offset(epoch, part) + self.permute(position_in_epoch, epoch, part) * self._sequence
         at = start % len(stream)
         return TokenSample(stream.read(at, self._sequence + 1), part, epoch, at)
 
@@ -100,14 +100,14 @@ class TokenSampler:
         """Token at which the first window of an epoch begins, below `sequence`."""
         return self._hash("offset", part, epoch) % self._sequence
 
-    def permuted(self, index: int, epoch: int, part: int = 0) -> int:
-        """Place in the stream of the window that comes `index`-th in `epoch`."""
+    def permute(self, index: int, epoch: int, part: int = 0) -> int:
+        """Window that comes `index`-th in `epoch`, by its position in the stream."""
         samples = self.samples[part]
         half = max(1, -(-(samples - 1).bit_length() // 2))
         mask = (1 << half) - 1
         while True:
             left, right = index >> half, index & mask
-            for turn in range(_ROUNDS):
+            for turn in range(_FEISTEL_ROUNDS):
                 left, right = right, left ^ (self._mix(right, turn, epoch, part) & mask)
             index = left << half | right
             if index < samples:
@@ -122,7 +122,7 @@ class TokenSampler:
         return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
 
 
-def documents(tokens: np.ndarray, separator: int | None) -> np.ndarray | None:
+def document_ids(tokens: np.ndarray, separator: int | None) -> np.ndarray | None:
     """Document of each input, [B, sequence] int32, from 0 in each sample; a separator still belongs to what it ends.
 
     Args:
@@ -142,7 +142,7 @@ def documents(tokens: np.ndarray, separator: int | None) -> np.ndarray | None:
     return ids
 
 
-def bounds(documents_BS: np.ndarray) -> np.ndarray:
+def cu_seqlens(documents_BS: np.ndarray) -> np.ndarray:
     """Where documents begin, with the samples one after the other, and behind the last: [documents + 1] int32, from 0."""
     first_BS = np.ones(documents_BS.shape, dtype=bool)
     np.not_equal(documents_BS[:, 1:], documents_BS[:, :-1], out=first_BS[:, 1:])

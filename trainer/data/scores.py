@@ -31,7 +31,7 @@ def threshold(path: Path, share: float) -> tuple[float, int, int]:
     for done in range(0, 64, _BITS):  # 16 bits of the key are settled in each pass
         counts = np.zeros(1 << _BITS, dtype=np.int64)
         for at in range(0, rows, _ROWS):
-            keys = _ordered(scores[at : at + _ROWS])
+            keys = _sortable_keys(scores[at : at + _ROWS])
             if done:
                 keys = keys[keys >> np.uint64(64 - done) == np.uint64(prefix)]
             digits = (keys >> np.uint64(64 - done - _BITS)).astype(np.int64) & ((1 << _BITS) - 1)
@@ -45,7 +45,7 @@ def threshold(path: Path, share: float) -> tuple[float, int, int]:
     return lowest, kept, rows
 
 
-def _ordered(scores: np.ndarray) -> np.ndarray:
+def _sortable_keys(scores: np.ndarray) -> np.ndarray:
     """uint64 keys in the order of the scores: the sign bit set, or all bits turned where it was set."""
     bits = (np.asarray(scores, dtype=np.float64) + 0.0).view(np.uint64)  # + 0.0: -0 equals 0
     return np.where(bits >> np.uint64(63), ~bits, bits | np.uint64(1 << 63))

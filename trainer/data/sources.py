@@ -17,18 +17,18 @@ from fsspec.implementations.local import LocalFileSystem
 from configs.errors import UserError, nearest
 from trainer.data import content
 
-_ABOUT = re.compile(
+_README_NAMES = re.compile(
     r"(readme|licen[cs]e|copying|notice|citation|changelog|authors|contributing|code_of_conduct)([._-].*)?",
     re.I,
 )
 """Files about the data, as they lie beside it in dataset folders; their kind is text."""
 _DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 """Files that libraries keep beside the data; their kind would be rows."""
-_MARKS = (
+_VERSION_KEYS = (
     "mtime", "ETag", "LastModified", "etag", "last_modified", "Last-Modified", "updated", "modificationTime", "modify",
     "blob_id", "sha", "checksum", "Content-MD5", "Digest", "created",
 )  # fmt: skip
-"""What file systems of fsspec call what changes with a file's content; the first that is there counts. S3, Google's and
+"""Keys of fsspec's file systems for a version of a file's content; the first that is present counts. S3, Google's and
 Azure's, plain HTTP, Hadoop's, FTP, Hugging Face's, GitHub's, lakeFS, memory."""
 
 
@@ -52,26 +52,26 @@ class SourceFile:
         """How it is packed and what is in it, by its first bytes.
 
         Raises:
-            Wordless: for what holds no text in any form.
+            BinaryFile: for what holds no text in any form.
             UserError: for what is neither text nor rows of text, or can't be read.
         """
         try:
             with self.open() as file:
                 return content.inspect(self.path, file)
-        except content.FAULTS as error:
-            raise content.damaged(self.path, error) from None
+        except content.READ_ERRORS as error:
+            raise content.unreadable(self.path, error) from None
 
 
 @dataclass(frozen=True)
 class ResolvedPath:
-    """What a path leads to."""
+    """The files of a path."""
 
     sources: list[SourceFile]
     notes: list[str]
     """What was left out, one line each."""
 
 
-def find(path: str | None, field: str = "data.path") -> ResolvedPath:
+def resolve(path: str | None, field: str = "data.path") -> ResolvedPath:
     """The files of `path`, sorted by path. Links are followed; what is hidden is left out unless it is named.
 
     A folder gives files of one kind: parquet or jsonl where it holds some, else text. What lies beside them and
@@ -164,8 +164,8 @@ def _broken(path: str) -> UserError:
 
 
 def _source(fs: Any, info: dict[str, Any]) -> SourceFile:
-    mark = next((info[name] for name in _MARKS if info.get(name)), "")
-    return SourceFile(fs, info["name"], f"{info.get('size')}/{mark}", int(info.get("size") or 0))
+    version = next((info[name] for name in _VERSION_KEYS if info.get(name)), "")
+    return SourceFile(fs, info["name"], f"{info.get('size')}/{version}", int(info.get("size") or 0))
 
 
 def _one_kind(sources: list[SourceFile], folder: str, setting: str) -> ResolvedPath:
@@ -178,14 +178,14 @@ def _one_kind(sources: list[SourceFile], folder: str, setting: str) -> ResolvedP
     for source in sources:
         name = source.path.rsplit("/", 1)[-1]
         kind = content.kind_by_name(source.path)
-        if name in _DESCRIPTIONS or (kind in (None, "text") and _ABOUT.fullmatch(name)):
+        if name in _DESCRIPTIONS or (kind in (None, "text") and _README_NAMES.fullmatch(name)):
             beside.append(source)
             continue
-        if kind is None or (kind == "text" and not content.promises_text(source.path)):
+        if kind is None or (kind == "text" and not content.has_text_suffix(source.path)):
             try:
                 kind = source.inspect()[1]
             except UserError as error:
-                if isinstance(error, content.Wordless):
+                if isinstance(error, content.BinaryFile):
                     binary.append(source)
                 else:
                     foreign.append(source)
@@ -206,7 +206,7 @@ def _one_kind(sources: list[SourceFile], folder: str, setting: str) -> ResolvedP
         left = kinds["text"] + beside + foreign
     else:
         if foreign:  # more text, for which a person has to do something
-            raise next(error for error in refused if not isinstance(error, content.Wordless))
+            raise next(error for error in refused if not isinstance(error, content.BinaryFile))
         # Of text, only what lies on top is about the data: below, a README is as much text as any other.
         top = [s for s in beside if s.path.rsplit("/", 1)[0].rstrip("/") == folder.rstrip("/")]
         taken = kinds["text"] + [s for s in beside if s not in top]

@@ -11,7 +11,7 @@ import numpy as np
 
 from configs.schema import DataConfig
 from trainer.data.sampler import TokenSampler
-from trainer.data.streams import Stream
+from trainer.data.streams import TokenStream
 
 _EVALUATION_SEED = 0
 
@@ -31,9 +31,9 @@ class PreparedPart:
     documents: int
     separator: int | None
     """Id that ends a document; None where nothing does."""
-    train: Stream
+    train: TokenStream
     """All documents, without those held out."""
-    validation: Stream | None
+    validation: TokenStream | None
     """Documents held out; None where `data.validation` is 0."""
     held: int
     """Number of documents held out."""
@@ -91,12 +91,12 @@ class TokenStore:
         """What was chosen, changed or left out while preparing, one line each."""
         return list(dict.fromkeys(note for part in self.parts for note in part.notes))
 
-    def sampler(self, data: DataConfig, seed: int) -> TokenSampler:
+    def train_sampler(self, data: DataConfig, seed: int) -> TokenSampler:
         """The order in which training draws samples."""
         weights = [part.weight for part in self.parts]
         return TokenSampler([part.train for part in self.parts], data.sequence, seed, weights)
 
-    def evaluation(self, data: DataConfig) -> TokenSampler | None:
+    def validation_sampler(self, data: DataConfig) -> TokenSampler | None:
         """The held-out samples, in an order that no seed changes; None where nothing is held out."""
         streams = [part.validation for part in self.parts if part.validation is not None]
         if not streams:

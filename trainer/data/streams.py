@@ -10,11 +10,11 @@ import numpy as np
 from configs.errors import UserError
 
 _ROWS = 1 << 20
-"""Documents that are looked at at a time."""
+"""Documents that are processed at a time."""
 
 
-class Stream:
-    """Runs of a token array, read as one stream without being copied.
+class TokenStream:
+    """Ranges of a token array, read as one stream without being copied.
 
     Args:
         tokens: [N] token ids, memory-mapped or not.
@@ -48,9 +48,9 @@ class Stream:
         return np.concatenate(pieces) if len(pieces) > 1 else np.asarray(pieces[0])
 
 
-def split(
+def split_validation(
     tokens: np.ndarray, ends: np.ndarray, hashes: Path, share: float, corpus: str
-) -> tuple[Stream, Stream, int]:
+) -> tuple[TokenStream, TokenStream, int]:
     """The stream to train on, the one held out, and how many documents are.
 
     A document is held out where the hash of its content is below `share` of all hashes. So the same document is on
@@ -81,7 +81,7 @@ def split(
     last = int(ends[-1])
     edges = np.concatenate([[0], np.where(documents > 0, ends[documents - 1], 0), [last]])
     runs = [np.stack([edges[:-1], edges[1:]])[:, first::2] for first in (0, 1)]
-    train, out_ = (Stream(tokens, *(run[:, run[0] < run[1]])) for run in runs)
+    train, out_ = (TokenStream(tokens, *(run[:, run[0] < run[1]])) for run in runs)
     return train, out_, held
 
 

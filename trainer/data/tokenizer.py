@@ -15,9 +15,9 @@ import numpy as np
 
 from configs.errors import UserError, from_json, nearest
 
-ZERO = 0
+BYTE_SEPARATOR = 0
 """Token between documents under `data.tokenizer=bytes`; no text holds a zero byte."""
-ENDS = (
+KNOWN_END_TOKENS = (
     "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<｜end▁of▁sentence｜>",
     "<|end▁of▁sentence|>", "<|endofdocument|>",
 )  # fmt: skip
@@ -52,7 +52,7 @@ def load(name: str, end_token: str | None) -> Tokenizer:
                 f"data.end_token='{end_token}' goes with a tokenizer.json; under data.tokenizer=bytes a zero byte "
                 "ends a document: leave data.end_token out"
             )
-        return Bytes()
+        return ByteTokenizer()
     name = str(Path(name).expanduser())
     if Path(name).is_dir() and Path(name, "tokenizer.json").is_file():
         raise UserError(f"data.tokenizer='{name}' is a folder; type {Path(name, 'tokenizer.json')}")
@@ -60,13 +60,13 @@ def load(name: str, end_token: str | None) -> Tokenizer:
         raise UserError(
             f"data.tokenizer='{name}' is not a file; type `bytes` or the path of a tokenizer.json"
         )
-    return HuggingFace(name, end_token)
+    return HuggingFaceTokenizer(name, end_token)
 
 
-class Bytes:
+class ByteTokenizer:
     """UTF-8 bytes are their own ids."""
 
-    size, separator, digest = 256, ZERO, "bytes"
+    size, separator, digest = 256, BYTE_SEPARATOR, "bytes"
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -82,7 +82,7 @@ class Bytes:
         return encoded
 
 
-class HuggingFace:
+class HuggingFaceTokenizer:
     """A `tokenizer.json`, with what would change a corpus unseen switched off.
 
     Truncation, padding and dropout are for other uses than preparing. Special tokens that are written in a text
@@ -91,7 +91,7 @@ class HuggingFace:
     Args:
         name: path of the file.
         end_token: text of the token between documents; None: what `tokenizer_config.json` beside it declares,
-            or the first of `ENDS` that it has.
+            or the first of `KNOWN_END_TOKENS` that it has.
 
     Raises:
         UserError: where it can't be read, or no token between documents is known.
@@ -157,7 +157,7 @@ class HuggingFace:
                 )
             return vocabulary[end_token]
         declared = _declared(Path(self._name).with_name("tokenizer_config.json"))
-        for token in (declared, *ENDS):
+        for token in (declared, *KNOWN_END_TOKENS):
             if token is not None and token in vocabulary:
                 why = "as tokenizer_config.json declares" if token == declared else "a known name"
                 self.notes.append(f"data.end_token: '{token}' (id {vocabulary[token]}), {why}")
@@ -187,7 +187,7 @@ class HuggingFace:
         for i, ids in enumerate(encoded):
             if self._is_special[ids].any():
                 counts["special"] += 1
-                encoded[i] = self._apart(words[i])
+                encoded[i] = self._encode_split(words[i])
         return encoded
 
     @staticmethod
@@ -198,7 +198,7 @@ class HuggingFace:
             counts["replaced"] += 1
             return text.decode(errors="replace")
 
-    def _apart(self, text: str) -> np.ndarray:
+    def _encode_split(self, text: str) -> np.ndarray:
         """Ids of a text whose special tokens are also words of the model: each is encoded in two parts."""
         spelled = "|".join(re.escape(one) for one in sorted(self._special, key=len, reverse=True))
         cuts = [0, *(hit.start() + 1 for hit in re.finditer(spelled, text)), len(text)]

@@ -1,4 +1,4 @@
-"""Blocks to ids on several cores, with results in the order of the blocks whoever made them."""
+"""Tokenises blocks on several cores; results come in the order of the blocks, whatever the number of workers."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from trainer.data.blocks import Fields, FileBlock, blocks, rows
 from trainer.data.sources import SourceFile
 from trainer.data.tokenizer import Tokenizer
 
-TASK = 4 << 20
+TASK_BYTES = 4 << 20
 """Bytes of text that a worker gets at a time, many small files together."""
-_BATCH = 256
+_BATCH_TEXTS = 256
 """Texts that are encoded at a time."""
 
 
 class SourcePosition(NamedTuple):
-    """A place in the sources, between two blocks."""
+    """A position in the sources, between two blocks."""
 
     source: int = 0
     block: int = 0
@@ -40,7 +40,7 @@ class SourcePosition(NamedTuple):
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What a task gave."""
+    """The result of a task."""
 
     ids: np.ndarray
     """[N] token ids with separators."""
@@ -61,7 +61,7 @@ def tasks(
     """Blocks in groups for a worker, each with the place behind it; from `start` on."""
     before = sum(source.size for source in sources[: start.source])
     group: list[FileBlock] = []
-    size, mark = 0, start
+    size, position = 0, start
     for i in range(start.source, len(sources)):
         for number, block in enumerate(blocks(sources[i], fields)):
             if i == start.source and number < start.block:
@@ -69,17 +69,17 @@ def tasks(
             group.append(block)
             size += _size(block)
             read = before + min(block.read, sources[i].size)
-            mark = (
+            position = (
                 SourcePosition(i + 1, 0, before + sources[i].size)
                 if block.ends
                 else SourcePosition(i, number + 1, read)
             )
-            if size >= TASK:
-                yield mark, group
+            if size >= TASK_BYTES:
+                yield position, group
                 group, size = [], 0
         before += sources[i].size
     if group:
-        yield mark, group
+        yield position, group
 
 
 def _size(block: FileBlock) -> int:
@@ -115,10 +115,10 @@ class Encoder:
                     output.counts["below"] += 1
                 else:
                     texts.append((row.text or b"", True))
-                if len(texts) >= _BATCH:
+                if len(texts) >= _BATCH_TEXTS:
                     self._encode(texts, output)
         self._encode(texts, output)
-        return output.made()
+        return output.result()
 
     def _encode(self, texts: list[tuple[bytes, bool]], output: _Output, begun: bool = False) -> None:
         if texts:
@@ -148,7 +148,7 @@ class _Output:
         elif ends:
             self.counts["empty"] += 1
 
-    def made(self) -> TaskResult:
+    def result(self) -> TaskResult:
         ids = np.concatenate(self.parts) if self.parts else np.zeros(0, self.kind)
         return TaskResult(ids, np.array(self.ends, dtype=np.int64), self.counts)
 
@@ -164,20 +164,20 @@ class Scorer:
         return np.array([row.score for block in task for row in rows(block, self.fields)], dtype=np.float64)
 
 
-class _Held:
-    """What a worker process works with, set as it starts."""
+class _WorkerState:
+    """State of a worker process, set as it starts."""
 
     work: Callable[[list[FileBlock]], Any]
 
 
-def _begin(parent: int, work: Callable[[list[FileBlock]], Any]) -> None:
+def _init_worker(parent: int, work: Callable[[list[FileBlock]], Any]) -> None:
     die_with_parent({PARENT: str(parent)})
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    _Held.work = work
+    _WorkerState.work = work
 
 
 def _run(task: list[FileBlock]) -> Any:
-    return _Held.work(task)
+    return _WorkerState.work(task)
 
 
 @contextmanager
@@ -191,34 +191,34 @@ def _without_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def in_order(
+def map_in_order(
     work: Callable[[list[FileBlock]], Any],
     some: Iterator[tuple[SourcePosition, list[FileBlock]]],
     workers: int,
 ) -> Generator[tuple[SourcePosition, Any], None, None]:
-    """What `work` gives for each task, in order; at most twice as many tasks as workers are held.
+    """The result of `work` for each task, in order; at most twice as many tasks as workers are in flight.
 
     Raises:
         UserError: what `work` raises first in the order of tasks; and where a worker process dies.
     """
     if workers == 1:
-        for mark, task in some:
-            yield mark, work(task)
+        for position, task in some:
+            yield position, work(task)
         return
     waiting: deque[tuple[SourcePosition, Future[Any]]] = deque()
     pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(os.getpid(), work)
+        workers, multiprocessing.get_context("spawn"), initializer=_init_worker, initargs=(os.getpid(), work)
     )
     try:
-        for mark, task in some:
+        for position, task in some:
             with _without_main():
-                waiting.append((mark, pool.submit(_run, task)))
+                waiting.append((position, pool.submit(_run, task)))
             if len(waiting) >= 2 * workers:
-                mark, made = waiting.popleft()
-                yield mark, made.result()
+                position, made = waiting.popleft()
+                yield position, made.result()
         while waiting:
-            mark, made = waiting.popleft()
-            yield mark, made.result()
+            position, made = waiting.popleft()
+            yield position, made.result()
     except BrokenProcessPool:
         raise UserError(
             f"a worker of {workers} died while preparing data, most likely of memory; type --workers "

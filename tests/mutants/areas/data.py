@@ -44,7 +44,7 @@ MUTANTS = [
     Mutant(
         "samples come in the stream's order",
         _SAMPLER,
-        "self.permuted(place, epoch, part) * self._sequence",
+        "self.permute(position_in_epoch, epoch, part) * self._sequence",
         "place * self._sequence",
         f"{_TEST}the_samples_are_fixed_for_ever",
     ),
@@ -58,8 +58,8 @@ MUTANTS = [
     Mutant(
         "windows overlap",
         _SAMPLER,
-        "self.permuted(place, epoch, part) * self._sequence",
-        "self.permuted(place, epoch, part) * (self._sequence - 1)",
+        "self.permute(position_in_epoch, epoch, part) * self._sequence",
+        "self.permute(position_in_epoch, epoch, part) * (self._sequence - 1)",
         f"{_EVERY_TOKEN}[7-64]",
     ),
     Mutant(

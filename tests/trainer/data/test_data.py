@@ -30,7 +30,7 @@ def test_the_standard_library_is_the_default(tmp_path: Path) -> None:
     store = prepared(None, tmp_path)
     assert store.tokens.dtype == np.uint8 and len(store.tokens) > 5_000_000 and store.documents > 500
     assert int((store.tokens == 0).sum()) == store.documents, "a zero byte between documents and nowhere else"
-    files = sources.find(None).sources
+    files = sources.resolve(None).sources
     assert [f.path for f in files] == sorted(f.path for f in files)
     assert all(f.path.endswith(".py") and "-packages" not in f.path for f in files)
     first = Path(files[0].path).read_bytes()
@@ -118,8 +118,8 @@ def test_a_long_file_is_read_in_parts_and_gives_the_same(
 ) -> None:
     text = b"".join(b"line %d of many\n" % i for i in range(200)) + b"x" * 300 + b"\nthe end"
     (tmp_path / "a.txt").write_bytes(text)
-    monkeypatch.setattr(blocks, "BLOCK", 64)
-    (source,) = sources.find(str(tmp_path / "a.txt")).sources
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 64)
+    (source,) = sources.resolve(str(tmp_path / "a.txt")).sources
     parts = list(blocks.blocks(source, blocks.Fields("text", None)))
     assert len(parts) > 20 and max(len(part.data) for part in parts) < 400
     assert [part.ends for part in parts] == [False] * (len(parts) - 1) + [True]
@@ -133,8 +133,8 @@ def test_a_text_without_a_space_is_cut_between_characters(
 ) -> None:
     text = start + "漢字かなé𝄞" * 90
     (tmp_path / "a.txt").write_text(text)
-    monkeypatch.setattr(blocks, "BLOCK", 64)
-    (source,) = sources.find(str(tmp_path / "a.txt")).sources
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 64)
+    (source,) = sources.resolve(str(tmp_path / "a.txt")).sources
     parts = list(blocks.blocks(source, blocks.Fields("text", None)))
     assert len(parts) > 10 and all(part.data for part in parts)
     assert "".join(part.data.decode() for part in parts) == text
@@ -258,7 +258,7 @@ def test_the_cache_setting_wins(tmp_path: Path) -> None:
     ("ids", "kind"), [(256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "int32")]
 )
 def test_tokens_are_as_wide_as_the_tokenizer_asks(ids: int, kind: str) -> None:
-    assert indexed.narrowest(ids).name == kind
+    assert indexed.smallest_dtype(ids).name == kind
 
 
 def test_models_with_other_vocabularies_share_the_tokens(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_an_index_is_what_the_layout_says(tmp_path: Path, kind: str) -> None:
 
 def test_long_documents_are_several_sequences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lengths are int32, so a document of 2^31 tokens doesn't fit one sequence."""
-    monkeypatch.setattr(indexed, "LONGEST", 3)
+    monkeypatch.setattr(indexed, "MAX_SEQUENCE_TOKENS", 3)
     monkeypatch.setattr(indexed, "_ROWS", 2)
     pieces = [[5, 6, 7], [9], [1, 2, 9], [9], [3, 3, 3], [3, 3, 9]]
     ids, wanted = layout("uint16", pieces, [0, 2, 3, 4, 6])

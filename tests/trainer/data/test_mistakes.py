@@ -182,7 +182,7 @@ def test_checking_reads_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             yield block
 
     monkeypatch.setattr(preparing, "blocks", noted)
-    monkeypatch.setattr(blocks, "BLOCK", 1000)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1000)
     check(data_config(tmp_path / "*.jsonl", sequence=30), 256)
     assert read == ["a", "b"], (
         "one block of each file: its first rows are looked at, whatever is known by then"

@@ -74,8 +74,8 @@ def digests(folder: Path) -> dict[str, str]:
 
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many blocks and tasks of a small corpus. Blocks are cut here, so worker processes needn't know."""
-    monkeypatch.setattr("trainer.data.blocks.BLOCK", 2000)
-    monkeypatch.setattr("trainer.data.workers.TASK", 5000)
+    monkeypatch.setattr("trainer.data.blocks.BLOCK_BYTES", 2000)
+    monkeypatch.setattr("trainer.data.workers.TASK_BYTES", 5000)
 
 
 # ---- several cores ----
@@ -121,7 +121,7 @@ def test_a_mistake_is_the_first_in_order_whoever_finds_it(
 def test_a_worker_that_dies_is_told(tmp_path: Path) -> None:
     todo = iter([(workers.SourcePosition(), []), (workers.SourcePosition(), [])])
     with pytest.raises(UserError, match="a worker of 2 died .*--workers 1: what is done is kept"):
-        list(workers.in_order(_die, todo, 2))
+        list(workers.map_in_order(_die, todo, 2))
 
 
 def _die(_: object) -> None:
@@ -155,7 +155,7 @@ from pathlib import Path
 from configs.schema import DataConfig
 from trainer.data import blocks, build, workers
 from trainer.data.prepare import prepare
-blocks.BLOCK, workers.TASK = 2000, 5000
+blocks.BLOCK_BYTES, workers.TASK_BYTES = 2000, 5000
 path, name, out, count, log = sys.argv[1:]
 def slow(phase, done, total, tokens):
     with open(log, "a") as file:

@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from trainer.data.sampler import TokenSampler, documents
-from trainer.data.streams import Stream
+from trainer.data.sampler import TokenSampler, document_ids
+from trainer.data.streams import TokenStream
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 
@@ -63,7 +63,7 @@ def test_each_window_comes_once_in_each_epoch(samples: int) -> None:
     sampler = _sampler(samples)
     assert sampler.samples == [samples]
     for epoch in (0, 1, 7):
-        assert sorted(sampler.permuted(i, epoch) for i in range(samples)) == list(range(samples))
+        assert sorted(sampler.permute(i, epoch) for i in range(samples)) == list(range(samples))
 
 
 def test_epochs_follow_each_other() -> None:
@@ -71,7 +71,7 @@ def test_epochs_follow_each_other() -> None:
     found = [sampler.sample(i) for i in range(600)]
     assert [sample.epoch for sample in found] == [i // 100 for i in range(600)]
     for epoch in range(6):
-        assert len({sample.at for sample in found[epoch * 100 : (epoch + 1) * 100]}) == 100
+        assert len({sample.offset for sample in found[epoch * 100 : (epoch + 1) * 100]}) == 100
 
 
 @pytest.mark.parametrize("tokens", [9, 10, 15, 16, 17, 63, 64, 65, 100])
@@ -92,13 +92,13 @@ def test_windows_are_cut_at_other_places_in_each_epoch() -> None:
     sampler = _sampler(sequence=64)
     offsets = [sampler.offset(epoch) for epoch in range(400)]
     assert min(offsets) == 0 and max(offsets) == 63 and len(set(offsets)) == 64
-    assert sampler.sample(0).at % 64 != sampler.sample(100).at % 64
+    assert sampler.sample(0).offset % 64 != sampler.sample(100).offset % 64
 
 
 def test_a_window_may_go_on_at_the_beginning() -> None:
     sampler = TokenSampler([np.arange(10)], 4, 0)
     found = [sampler.sample(i) for i in range(60)]
-    crossing = [sample.tokens.tolist() for sample in found if sample.at > 5]
+    crossing = [sample.tokens.tolist() for sample in found if sample.offset > 5]
     assert crossing and all(
         tokens == [i % 10 for i in range(tokens[0], tokens[0] + 5)] for tokens in crossing
     )
@@ -106,7 +106,7 @@ def test_a_window_may_go_on_at_the_beginning() -> None:
 
 def test_the_order_depends_on_the_seed_and_the_epoch() -> None:
     orders = [
-        tuple(_sampler(seed=seed).permuted(i, epoch) for i in range(100))
+        tuple(_sampler(seed=seed).permute(i, epoch) for i in range(100))
         for seed in (1, 2)
         for epoch in (0, 1)
     ]
@@ -116,7 +116,7 @@ def test_the_order_depends_on_the_seed_and_the_epoch() -> None:
 
 
 def test_the_order_is_not_the_streams() -> None:
-    order = [_sampler(1000).permuted(i, 0) for i in range(1000)]
+    order = [_sampler(1000).permute(i, 0) for i in range(1000)]
     assert sum(b - a == 1 for a, b in itertools.pairwise(order)) < 12
     # Spread evenly: every tenth of an epoch draws from every tenth of the data.
     counts = np.histogram2d(np.arange(1000), order, bins=10)[0]
@@ -133,12 +133,20 @@ def test_a_stream_without_a_sample_is_refused() -> None:
 
 
 def test_the_order_is_fixed_for_ever() -> None:
-    assert [_sampler(seed=1234).permuted(i, 0) for i in range(8)] == [9, 11, 35, 65, 19, 6, 97, 15]
+    assert [_sampler(seed=1234).permute(i, 0) for i in range(8)] == [9, 11, 35, 65, 19, 6, 97, 15]
 
 
 def test_the_samples_are_fixed_for_ever() -> None:
     sampler = _sampler(seed=1234)
-    assert [sampler.sample(i).at for i in (0, 1, 2, 99, 100, 101, 12_345)] == [37, 45, 141, 21, 287, 183, 168]
+    assert [sampler.sample(i).offset for i in (0, 1, 2, 99, 100, 101, 12_345)] == [
+        37,
+        45,
+        141,
+        21,
+        287,
+        183,
+        168,
+    ]
     mixed = TokenSampler([np.arange(401), np.arange(57), np.arange(90)], 4, 1234, [0.5, 0.2, 0.3])
     assert [tuple(mixed.sample(i)[1:]) for i in (0, 1, 2, 3, 4, 5, 777)] == [
         (0, 0, 385),
@@ -190,7 +198,7 @@ def test_each_part_of_a_mixture_has_its_own_epochs() -> None:
     for position in range(1000):
         sample = sampler.sample(position)
         assert (sample.tokens // 10_000 == sample.part).all()
-        drawn[sample.part].append((sample.epoch, sample.at))
+        drawn[sample.part].append((sample.epoch, sample.offset))
     for part, samples in enumerate(drawn):
         size = sampler.samples[part]
         assert [epoch for epoch, _ in samples] == [i // size for i in range(len(samples))]
@@ -200,7 +208,7 @@ def test_each_part_of_a_mixture_has_its_own_epochs() -> None:
 
 def test_equal_parts_of_a_mixture_have_orders_of_their_own() -> None:
     sampler = TokenSampler([np.arange(401)] * 2, 4, 1, [1, 1])
-    orders = [[sampler.permuted(i, 0, part) for i in range(100)] for part in (0, 1)]
+    orders = [[sampler.permute(i, 0, part) for i in range(100)] for part in (0, 1)]
     assert sum(a == b for a, b in zip(*orders, strict=True)) < 12
 
 
@@ -209,7 +217,7 @@ def test_equal_parts_of_a_mixture_have_orders_of_their_own() -> None:
 
 def test_the_document_of_a_token_counts_the_separators_before_it() -> None:
     tokens = np.array([[5, 0, 6, 7, 0, 0, 8, 9], [1, 2, 3, 4, 5, 6, 7, 8]])
-    found = documents(tokens, 0)
+    found = document_ids(tokens, 0)
     assert found is not None and found.dtype == np.int32
     assert found.tolist() == [[0, 0, 1, 1, 1, 2, 3], [0] * 7]
 
@@ -217,9 +225,9 @@ def test_the_document_of_a_token_counts_the_separators_before_it() -> None:
 @pytest.mark.parametrize("row", [[1, 2, 3, 4, 5], [1, 2, 3, 0, 5], [1, 2, 3, 4, 0]])
 def test_one_document_a_sample_needs_no_mask(row: list[int]) -> None:
     """A separator that is the last input or only a target has no input behind it."""
-    assert documents(np.array([row, [9, 9, 9, 9, 9]]), 0) is None
-    assert documents(np.array([[1, 0, 3, 4, 5]]), None) is None
-    assert documents(np.array([[1, 0, 3, 4, 5]]), 0) is not None
+    assert document_ids(np.array([row, [9, 9, 9, 9, 9]]), 0) is None
+    assert document_ids(np.array([[1, 0, 3, 4, 5]]), None) is None
+    assert document_ids(np.array([[1, 0, 3, 4, 5]]), 0) is not None
 
 
 # ---- streams ----
@@ -227,7 +235,7 @@ def test_one_document_a_sample_needs_no_mask(row: list[int]) -> None:
 
 def test_a_stream_of_runs_reads_as_their_copy() -> None:
     tokens = np.arange(100, dtype=np.uint16)
-    stream = Stream(tokens, np.array([3, 20, 50]), np.array([10, 21, 90]))
+    stream = TokenStream(tokens, np.array([3, 20, 50]), np.array([10, 21, 90]))
     whole = np.concatenate([tokens[3:10], tokens[20:21], tokens[50:90]])
     assert len(stream) == 48
     for at, count in itertools.product(range(0, 97), (1, 2, 7, 8, 9, 48, 100)):

@@ -131,8 +131,8 @@ def test_every_form_of_text_in_parquet_is_read(tmp_path: Path, kind: Any) -> Non
 def test_parquet_in_blocks_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [f"row {i} of many" for i in range(2000)]
     (tmp_path / "a.parquet").write_bytes(_parquet(texts))
-    (source,) = sources.find(str(tmp_path / "a.parquet")).sources
-    monkeypatch.setattr(blocks, "BLOCK", 1000)
+    (source,) = sources.resolve(str(tmp_path / "a.parquet")).sources
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1000)
     found = list(blocks.blocks(source, blocks.Fields("text", None)))
     assert len(found) > 20 and [b.first for b in found][:2] == [1, 1 + len(found[0].data[0])]
     assert [b.ends for b in found] == [False] * (len(found) - 1) + [True]

@@ -18,7 +18,7 @@ from configs.schema import DataConfig
 from trainer.data import streams
 from trainer.data.prefetch import Prefetch
 from trainer.data.prepare import check, prepare
-from trainer.data.sampler import documents
+from trainer.data.sampler import document_ids
 from trainer.data.store import TokenStore, differences, fingerprint
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
@@ -50,7 +50,7 @@ def test_without_validation_all_is_trained_on(tmp_path: Path) -> None:
     store = _prepare(tmp_path, _rows(tmp_path / "a.jsonl", _texts(50)))
     (part,) = store.parts
     assert part.validation is None and store.held == 0 and len(part.train) == store.count
-    assert store.evaluation(DataConfig(sequence=8)) is None
+    assert store.validation_sampler(DataConfig(sequence=8)) is None
 
 
 def test_held_out_documents_are_whole_and_on_one_side(
@@ -85,12 +85,12 @@ def test_evaluation_draws_held_out_samples_whatever_the_seed(tmp_path: Path) -> 
     data = DataConfig(path=str(_rows(tmp_path / "a.jsonl", _texts(200))), sequence=32, validation=0.2)
     store = prepare(data, 256, tmp_path / "cache")
     held = store.parts[0].validation
-    sampler = store.evaluation(data)
+    sampler = store.validation_sampler(data)
     assert sampler is not None and held is not None
     ring = held.read(0, len(held) + 33).tobytes()
     for position in range(2 * sampler.samples[0]):
         assert sampler.sample(position).tokens.tobytes() in ring
-    train = store.sampler(data, 1)
+    train = store.train_sampler(data, 1)
     assert train.samples[0] + sampler.samples[0] in range(store.count // 32 - 1, store.count // 32 + 3)
 
 
@@ -135,10 +135,10 @@ def test_a_mixture_of_corpora(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         _ = store.tokens
     data = DataConfig(mixture=weights, sequence=8)
-    sampler = store.sampler(data, 1)
+    sampler = store.train_sampler(data, 1)
     drawn = [sampler.sample(i).part for i in range(400)]
     assert drawn.count(0) == 100 and sampler.counts(400) == [100, 300]
-    evaluation = store.evaluation(data)
+    evaluation = store.validation_sampler(data)
     assert evaluation is not None and evaluation.counts(8) == [2, 6]
     # Each corpus is prepared by itself, so alone or in another mixture it is found again.
     assert _prepare(tmp_path, paths[0]).folder == store.parts[1].folder
@@ -237,12 +237,12 @@ def test_the_way_from_text_to_evaluation(tmp_path: Path) -> None:
     data = DataConfig(path=str(_rows(tmp_path / "a.jsonl", _texts(300))), sequence=64, validation=0.1)
     check(data, 256)
     store = prepare(data, 256, tmp_path / "cache")
-    sampler, evaluation = store.sampler(data, seed=7), store.evaluation(data)
+    sampler, evaluation = store.train_sampler(data, seed=7), store.validation_sampler(data)
     batch = sampler.batch(first=40, micro=1, micro_batch=2, dp_rank=1, dp=2)
     assert batch.shape == (2, 65) and batch.dtype == np.int64
     wanted = [sampler.sample(40 + (1 * 2 + 1) * 2 + i).tokens for i in range(2)]
     assert np.array_equal(batch, np.stack(wanted))
-    found = documents(batch, store.separator)
+    found = document_ids(batch, store.separator)
     assert found is not None and found.shape == (2, 64) and found.max() >= 2
     assert evaluation is not None and evaluation.batch(0, 0, 2, 0, 1).shape == (2, 65)
 
