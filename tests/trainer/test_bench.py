@@ -26,8 +26,8 @@ from tests.collectives.ranks import together
 from tests.trainer.model.small_models import micro, shape, tokens
 from trainer.bench import baselines, command, hugging_face, kernels, routing, variants
 from trainer.bench.cases import BatchTokens, config_of, flops_of, preset_of
-from trainer.bench.masters import Masters
-from trainer.bench.measure import Times, timed
+from trainer.bench.master_weights import MasterWeightTrainer
+from trainer.bench.measure import Times, time_steps
 from trainer.bench.options import Options, options_of
 from trainer.bench.plain import PlainDecoder
 from trainer.cli import main
@@ -63,7 +63,7 @@ def test_a_bound_on_exposed_communication_is_that_of_the_timed_step() -> None:
     )  # fmt: skip
     assert profiled.computing == 2.0 and profiled.uncovered(2.5) == 0.5 and profiled.uncovered(1.9) == 0.0
     config = config_of(options("data.sequence=64", "train.micro_batch=2"), 1, on_gpu=False)
-    (line,) = variants.row("a", config, 1, variants.Outcome(Times([2.5]), profiled))
+    (line,) = variants.report_lines("a", config, 1, variants.Outcome(Times([2.5]), profiled))
     assert "exposed communication 0.5 ms (16.7 %), idle 0.5 ms" in line
     assert "at most 0.5 ms (20.0 %) of communication exposed or idle" in line
 
@@ -98,12 +98,12 @@ def test_messages_wait_where_all_ranks_send_as_many() -> None:
     assert kernels.waiting(spans, [mine, ([], [100.0])]) is None
 
 
-def _of_stage(rank: RankContext) -> list[kernels.Took]:
+def _of_stage(rank: RankContext) -> list[kernels.RankTimes]:
     config = compose(
         ["model=demo", "hardware=cpu", "parallel.pp=2", "parallel.dp=2", "train.global_batch=64"]
     )
     mesh = join(config, rank, CPU)
-    return command._of_all(mesh, ([float(rank.rank)], []))
+    return command._gather_stage(mesh, ([float(rank.rank)], []))
 
 
 def test_ranks_of_one_stage_wait_for_each_other(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_waiting_is_printed_where_it_is_known() -> None:
     late = replace(found, waiting=0.4)
     assert kernels.lines(late)[0].endswith("exposed communication 0.5 ms, 0.4 of them waiting for stragglers")
     config = config_of(options("data.sequence=64", "train.micro_batch=2"), 1, on_gpu=False)
-    (line,) = variants.row("a", config, 1, variants.Outcome(Times([2.5]), late))
+    (line,) = variants.report_lines("a", config, 1, variants.Outcome(Times([2.5]), late))
     assert "0.5 ms (33.3 %), 0.4 of them waiting for stragglers, idle 0.0 ms" in line
 
 
@@ -140,7 +140,7 @@ def test_kernels_have_their_part(name: str, part: str) -> None:
 @pytest.mark.parametrize("kind", ("balanced", "zipf"))
 def test_forced_routes(kind: str) -> None:
     """No expert twice for a token; even to within one, or falling by rank."""
-    table = routing.table_of(kind, (2, 60, 3), 8, seed=1)
+    table = routing.routing_table(kind, (2, 60, 3), 8, seed=1)
     assert table.shape == (2, 60, 3)
     assert all(len(set(row)) == 3 for row in table.flatten(0, 1).tolist())
     loads = table.flatten().bincount(minlength=8).sort(descending=True).values
@@ -152,13 +152,13 @@ def test_forced_routes(kind: str) -> None:
 
 def test_another_routing_is_refused() -> None:
     with pytest.raises(ValueError, match="routing 'ziff' can't be forced; balanced and zipf can"):
-        routing.table_of("ziff", (2, 60, 3), 8, seed=1)
+        routing.routing_table("ziff", (2, 60, 3), 8, seed=1)
 
 
 def test_forcing_changes_where_tokens_go_and_what_is_counted() -> None:
     model = shape(router={"balance": "aux", "aux_coefficient": 0.02})
     built = build(model, 1)
-    routing.force(built, "balanced")
+    routing.force_routing(built, "balanced")
     batch = micro(tokens())
     built(inputs(batch), batch).backward()
     for counts in batch.tally.counts.values():
@@ -173,7 +173,7 @@ def test_another_s_tokens_go_where_ours_go(kind: str) -> None:
     pytest.importorskip("transformers")
     model = shape(qk_norm="head", router={"balance": "none"})
     ours = build(model, 1)
-    routing.force(ours, kind)
+    routing.force_routing(ours, kind)
     batch = micro(tokens())
     ours(inputs(batch), batch)
     wanted = [batch.tally.counts[layer].tolist() for layer in range(model.layers)]
@@ -188,7 +188,7 @@ def test_another_s_tokens_go_where_ours_go(kind: str) -> None:
         (plain, plain.routers(), lambda: plain(given)),
         (theirs, hugging_face.routers(theirs, model), lambda: theirs(input_ids=given[:, :-1], labels=given[:, :-1]).loss),
     ):  # fmt: skip
-        command._force_theirs(routers, replace(options(), routing=kind), config)
+        command._force_baseline_routing(routers, replace(options(), routing=kind), config)
         loads: list[list[int]] = []
 
         def counted(_router: Any, _given: Any, made: Any, loads: list[list[int]] = loads) -> None:
@@ -257,7 +257,7 @@ def test_a_bench_that_is_asked_to_end_leaves_no_rank_of_a_launcher_that_forgets_
 
     threading.Thread(target=end).start()
     with pytest.raises(EndedBySignal) as ended:
-        command.until_its_end([sys.executable, "-c", _LAUNCHER, str(told)])
+        command.run_launcher([sys.executable, "-c", _LAUNCHER, str(told)])
     assert ended.value.code == 143
     rank, own_session = told.read_text().split()
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -412,10 +412,10 @@ def test_masters_of_bf16_weights_move_as_fp32_ones() -> None:
         for parameter in wide.parameters():
             parameter.copy_(parameter.bfloat16())
     narrow.load_state_dict(wide.state_dict())
-    one, other = Masters(wide, optim), Masters(narrow, optim)
+    one, other = MasterWeightTrainer(wide, optim), MasterWeightTrainer(narrow, optim)
     for _ in range(3):
-        timed(lambda mark: one.step(lambda: F.mse_loss(wide(x), x[:, :4]), mark), CPU, 1, warm=0)
-        timed(
+        time_steps(lambda mark: one.step(lambda: F.mse_loss(wide(x), x[:, :4]), mark), CPU, 1, warm=0)
+        time_steps(
             lambda mark: other.step(lambda: F.mse_loss(narrow(x.bfloat16()).float(), x[:, :4]), mark), CPU, 1, warm=0
         )  # fmt: skip
     for left, right in zip(wide.parameters(), narrow.parameters(), strict=True):
@@ -429,7 +429,7 @@ def test_times_are_summed_by_part() -> None:
             with mark(name):  # type: ignore[operator]
                 pass
 
-    times = timed(step, CPU, 3, warm=1)
+    times = time_steps(step, CPU, 3, warm=1)
     assert len(times.step) == 3 and set(times.parts) == {"forward", "backward"}
     assert times.median >= times.part("forward", "backward") > 0
 

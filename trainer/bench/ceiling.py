@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from configs.schema import RunConfig
 
 
-def rates(config: RunConfig) -> dict[str, float]:
+def measure_rates(config: RunConfig) -> dict[str, float]:
     """TFLOP/s of a large dense matmul, and of the experts' grouped one (forward, into both widths), in bf16 on random
     values; and TB/s of a copy, read and written bytes both counted."""
     model = config.model

@@ -24,10 +24,10 @@ from configs.schema import RunConfig
 from trainer.batch_loader import BatchLoader
 from trainer.bench import baselines, ceiling, kernels, routing, variants
 from trainer.bench.cases import BatchTokens, config_of, flops_of, refuse
-from trainer.bench.masters import Masters
-from trainer.bench.measure import Mark, Times, timed
+from trainer.bench.master_weights import MasterWeightTrainer
+from trainer.bench.measure import PartTimer, Times, time_steps
+from trainer.bench.no_overlap import without_overlap
 from trainer.bench.options import Options
-from trainer.bench.serial import serial
 from trainer.engines.base import Batch, Engine, StepResult
 from trainer.engines.native import NativeEngine
 from trainer.kernels.choice import reason
@@ -35,12 +35,12 @@ from trainer.parallel.mesh import Mesh, join
 from trainer.sizing.model.flops import NUMERATOR, peak
 from trainer.sizing.search.runnable import never_lends
 
-Say = Callable[[str], None]
+PrintLine = Callable[[str], None]
 _GRACE_SECONDS = 5.0
 """Until ranks have ended on SIGTERM."""
 
 
-def run(options: Options, gpus: int, arguments: list[str], say: Say, several: str | None = None) -> int:
+def run(options: Options, gpus: int, arguments: list[str], say: PrintLine, several: str | None = None) -> int:
     """Measure on this rank, or start ranks that do, once all that is to be measured can be.
 
     Args:
@@ -66,7 +66,7 @@ def run(options: Options, gpus: int, arguments: list[str], say: Say, several: st
     cases = _cases(options, several, gpus if starts else rank.world, on_gpu)
     if starts:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
-        return until_its_end([*command, "-m", "trainer", *arguments])
+        return run_launcher([*command, "-m", "trainer", *arguments])
     if rank.world == 1:
         os.environ.setdefault("MASTER_PORT", str(free_port()))
     config = cases[0].config
@@ -75,7 +75,7 @@ def run(options: Options, gpus: int, arguments: list[str], say: Say, several: st
         torch.cuda.set_device(device)
     mesh = join(config, rank, device)
     try:
-        lines = _measured(options, config, mesh) if several is None else _compared(cases, mesh)
+        lines = _benchmark_lines(options, config, mesh) if several is None else _variant_lines(cases, mesh)
         for line in lines:
             if rank.rank == 0:
                 say(line)
@@ -84,7 +84,7 @@ def run(options: Options, gpus: int, arguments: list[str], say: Say, several: st
     return 0
 
 
-def until_its_end(launcher: list[str]) -> int:
+def run_launcher(launcher: list[str]) -> int:
     """The exit code of a launcher of ranks, which are ended with it where this process is asked to end.
 
     torchrun answers SIGTERM and SIGINT with a traceback, and ends only those ranks that it has started so far. So it gets
@@ -136,7 +136,7 @@ def _cases(options: Options, several: str | None, world: int, on_gpu: bool) -> l
     return cases
 
 
-def _measured(options: Options, config: RunConfig, mesh: Mesh) -> Any:
+def _benchmark_lines(options: Options, config: RunConfig, mesh: Mesh) -> Any:
     """All measurements, as lines."""
     model, train = config.model, config.train
     samples = train.global_batch or 1
@@ -147,60 +147,62 @@ def _measured(options: Options, config: RunConfig, mesh: Mesh) -> Any:
         f"{tokens} tokens a step, layout {mesh.layout}, routing {options.routing}"
     )
     yield f"kernels: {reason()}"
-    yield from _idle(config, mesh)
+    yield from _idle_settings(config, mesh)
     flops = flops_of(config)
     yield f"FLOPs of a step: {flops / 1e12:.2f} T ({NUMERATOR})"
     measured = _native(options, config, mesh)
     native = measured.times
-    yield from _shown("megaray", native, flops, tokens, mesh.world, config)
+    yield from _result_lines("megaray", native, flops, tokens, mesh.world, config)
     if measured.profile is not None:
         yield from kernels.lines(measured.profile)
     if mesh.device.type == "cuda" and mesh.world == 1:
-        ceilings = ceiling.rates(config)
+        ceilings = ceiling.measure_rates(config)
         yield (
             f"ceiling: dense matmul {ceilings['dense']:.0f} TFLOP/s, grouped {ceilings['grouped']:.0f}, copy "
             f"{ceilings['copy']:.2f} TB/s; all FLOPs at the grouped rate {flops / ceilings['grouped'] / 1e9:.1f} ms"
         )
     for baseline in options.baselines:
-        _empty()
+        _free_memory()
         try:
             times = _baseline(baseline, options, config, mesh)
         except UserError:
             raise
-        except Exception as error:  # another's program: what it can't do is a line of the table
+        except Exception as error:  # another's program: its failure is a line of the table
             yield f"{baseline:10} failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
             continue
-        yield from _shown(baseline, times, flops, tokens, mesh.world, config)
+        yield from _result_lines(baseline, times, flops, tokens, mesh.world, config)
         passes = times.part("forward", "backward") / native.part("forward", "backward")
         yield f"{baseline:10} / megaray: step {times.median / native.median:.2f}x, forward + backward {passes:.2f}x"
 
 
-def _compared(cases: list[_Case], mesh: Mesh) -> Any:
+def _variant_lines(cases: list[_Case], mesh: Mesh) -> Any:
     """A table of variants, and the kernels of each."""
     on_gpu = mesh.device.type == "cuda"
     name = torch.cuda.get_device_name() if on_gpu else "CPU"
     yield f"{mesh.world} x {name}, torch {torch.__version__}; kernels: {reason()}"
     table = []
     for number, case in enumerate(cases):
-        other = variants.other_mesh(mesh, case.config)
+        other = variants.mesh_of_layout(mesh, case.config)
         measured = _native(case.options, case.config, other, f"variant{number}")
-        rows = list(variants.row(case.title, case.config, mesh.world, measured, case.options.routing))
-        rows += _idle(case.config, mesh)
+        rows = list(
+            variants.report_lines(case.title, case.config, mesh.world, measured, case.options.routing)
+        )
+        rows += _idle_settings(case.config, mesh)
         table += rows
         yield from rows
         if measured.profile is not None:
             yield from kernels.lines(measured.profile)
-        variants.leave()
+        variants.free_memory()
     yield from table
 
 
-def _idle(config: RunConfig, mesh: Mesh) -> list[str]:
+def _idle_settings(config: RunConfig, mesh: Mesh) -> list[str]:
     """What was set and does nothing here."""
     why = never_lends(config, mesh.node)
     return [f"note: {why}"] if why else []
 
 
-def _shown(name: str, times: Times, flops: float, tokens: int, world: int, config: RunConfig) -> Any:
+def _result_lines(name: str, times: Times, flops: float, tokens: int, world: int, config: RunConfig) -> Any:
     low, high = times.spread
     passes = times.part("forward", "backward")
     each = flops / world / 1e9
@@ -214,7 +216,7 @@ def _shown(name: str, times: Times, flops: float, tokens: int, world: int, confi
     )
 
 
-def _empty() -> None:
+def _free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -224,13 +226,12 @@ def _native(options: Options, config: RunConfig, mesh: Mesh, name: str = "megara
     engine = NativeEngine(config, mesh)
     if options.routing != "real":
         for stage in engine._stages:
-            routing.force(stage, options.routing)
-    overlap = nullcontext() if options.overlap else serial(mesh.device)
+            routing.force_routing(stage, options.routing)
+    overlap = nullcontext() if options.overlap else without_overlap(mesh.device)
     with _step_of(engine, options, config, mesh) as step, overlap:
-        times = timed(step, mesh.device, options.steps)
-        fullest = (
-            routing.fullest(step(_no_mark).expert_load, mesh["ep"].size) if mesh["ep"].size > 1 else None
-        )
+        times = time_steps(step, mesh.device, options.steps)
+        ep = mesh["ep"].size
+        fullest = routing.max_over_mean_rows(step(_no_timer).expert_load, ep) if ep > 1 else None
         if mesh.device.type != "cuda":
             return variants.Outcome(times, None, fullest)
         trace = None
@@ -238,26 +239,26 @@ def _native(options: Options, config: RunConfig, mesh: Mesh, name: str = "megara
             options.timeline.mkdir(parents=True, exist_ok=True)
             trace = options.timeline / f"{name}.{mesh.rank}.json"
         together = partial(dist.barrier, group=mesh.control_group)
-        profiled = kernels.profile(lambda: step(_no_mark), trace, together, partial(_of_all, mesh))
+        profiled = kernels.profile(lambda: step(_no_timer), trace, together, partial(_gather_stage, mesh))
         return variants.Outcome(times, profiled, fullest)
 
 
-def _of_all(mesh: Mesh, mine: kernels.Took) -> list[kernels.Took]:
+def _gather_stage(mesh: Mesh, mine: kernels.RankTimes) -> list[kernels.RankTimes]:
     """What each rank of this one's pipeline stage gives, by rank: other stages meet in groups of their own."""
-    by_rank: list[kernels.Took] = [([], []) for _ in range(mesh.world)]
+    by_rank: list[kernels.RankTimes] = [([], []) for _ in range(mesh.world)]
     dist.all_gather_object(by_rank, mine, group=mesh.control_group)
     stage, width = mesh["pp"].index, mesh.world // mesh["pp"].size
     return by_rank[stage * width : (stage + 1) * width]
 
 
-def _no_mark(_name: str) -> Any:
+def _no_timer(_name: str) -> Any:
     return nullcontext()
 
 
 @contextmanager
 def _step_of(
     engine: Engine, options: Options, config: RunConfig, mesh: Mesh
-) -> Iterator[Callable[[Mark], StepResult]]:
+) -> Iterator[Callable[[PartTimer], StepResult]]:
     """A step of an engine on new tokens each time."""
     samples = config.train.global_batch or 1
     with _batches(engine, options, config, mesh) as batches:
@@ -279,10 +280,10 @@ def _batches(
     yield lambda: [Batch(drawn.draw(micro), None) for _ in range(count)]
 
 
-def _force_theirs(routers: Sequence[nn.Module], options: Options, config: RunConfig) -> None:
+def _force_baseline_routing(routers: Sequence[nn.Module], options: Options, config: RunConfig) -> None:
     """Have a baseline's tokens go where ours go: left to its own router, its experts would have other loads."""
     shape = (config.train.global_batch or 1, config.data.sequence)
-    routing.force_theirs(routers, options.routing, shape, config.model.experts, config.model.top_k)
+    routing.force_baseline_routing(routers, options.routing, shape, config.model.experts, config.model.top_k)
 
 
 def _baseline(name: str, options: Options, config: RunConfig, mesh: Mesh) -> Times:
@@ -293,9 +294,9 @@ def _baseline(name: str, options: Options, config: RunConfig, mesh: Mesh) -> Tim
 
         engine = DeepSpeedEngine(config, mesh)
         if forced:
-            routing.force(engine._stage, options.routing)
+            routing.force_routing(engine._stage, options.routing)
         with _step_of(engine, options, config, mesh) as step:
-            return timed(step, mesh.device, options.steps)
+            return time_steps(step, mesh.device, options.steps)
     samples = config.train.global_batch or 1
     drawn = BatchTokens(config, mesh.device, not forced, 0)
     if name == "plain":
@@ -306,21 +307,21 @@ def _baseline(name: str, options: Options, config: RunConfig, mesh: Mesh) -> Tim
             plain = PlainDecoder(config.model)
         plain = plain.to(torch.bfloat16) if cuda else plain
         if forced:
-            _force_theirs(plain.routers(), options, config)
-        trained = Masters(plain, config.optim)
+            _force_baseline_routing(plain.routers(), options, config)
+        trained = MasterWeightTrainer(plain, config.optim)
         loss_of: Any = torch.compile(plain) if cuda else plain
-        return timed(
+        return time_steps(
             lambda mark: trained.step(lambda: loss_of(drawn.draw(samples)), mark), mesh.device, options.steps
         )
     from trainer.bench import hugging_face
 
     theirs = hugging_face.build(config.model, mesh.device)
     if forced:
-        _force_theirs(hugging_face.routers(theirs, config.model), options, config)
-    trained = Masters(theirs, config.optim)
+        _force_baseline_routing(hugging_face.routers(theirs, config.model), options, config)
+    trained = MasterWeightTrainer(theirs, config.optim)
 
     def loss() -> Any:
         tokens = drawn.draw(samples)[:, :-1]
         return theirs(input_ids=tokens, labels=tokens).loss
 
-    return timed(lambda mark: trained.step(loss, mark), mesh.device, options.steps)
+    return time_steps(lambda mark: trained.step(loss, mark), mesh.device, options.steps)

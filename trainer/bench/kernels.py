@@ -29,7 +29,7 @@ PARTS = (
 
 Span = tuple[str, float, float]
 """Name of a kernel or copy, its start and its end in microseconds."""
-Took = tuple[list[float], list[float]]
+RankTimes = tuple[list[float], list[float]]
 """Microseconds of a rank's collectives, and of its messages."""
 
 
@@ -84,7 +84,7 @@ def profile(
     step: Callable[[], object],
     trace: Path | None,
     together: Callable[[], object],
-    of_all: Callable[[Took], list[Took]],
+    of_all: Callable[[RankTimes], list[RankTimes]],
 ) -> Profile:
     """Record one step on a GPU; `trace` gets its timeline, for chrome://tracing or Perfetto.
 
@@ -121,7 +121,7 @@ def calls(spans: Sequence[Span]) -> tuple[list[Span], list[Span]]:
     return [one for one in ours if "SendRecv" not in one[0]], [one for one in ours if "SendRecv" in one[0]]
 
 
-def waiting(spans: Sequence[Span], of_all: Sequence[Took]) -> float | None:
+def waiting(spans: Sequence[Span], of_all: Sequence[RankTimes]) -> float | None:
     """Milliseconds of a rank's exposed communication that went to waiting for ranks which came later.
 
     The last rank to come waits for nobody: what a kernel took where it was shortest is what moving the data takes, and what

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-Mark = Callable[[str], Any]
+PartTimer = Callable[[str], Any]
 """A context that times what is inside under a name."""
 
 
@@ -41,7 +41,7 @@ class Times:
 
 
 class Stopwatch:
-    """Marks points in a step without waiting for the device."""
+    """Times the parts of a step without waiting for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -61,7 +61,7 @@ class Stopwatch:
         yield
         self._marks.append((name, begin, self._now()))
 
-    def take(self) -> list[tuple[str, float]]:
+    def pop_times(self) -> list[tuple[str, float]]:
         """Names and milliseconds since the last call; waits for the device."""
         if self._cuda:
             torch.cuda.synchronize()
@@ -72,12 +72,12 @@ class Stopwatch:
         ]
 
 
-def timed(step: Callable[[Mark], object], device: torch.device, steps: int, warm: int = 3) -> Times:
+def time_steps(step: Callable[[PartTimer], object], device: torch.device, steps: int, warm: int = 3) -> Times:
     """Run a step a few times, then `steps` times under the clock, one after the other without a pause between."""
     watch, times = Stopwatch(device), Times()
     for _ in range(warm):
         step(watch)
-    watch.take()
+    watch.pop_times()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     taken = []
@@ -85,9 +85,9 @@ def timed(step: Callable[[Mark], object], device: torch.device, steps: int, warm
         with watch("step"):
             step(watch)
         if device.type != "cuda":
-            taken.append(watch.take())
+            taken.append(watch.pop_times())
     if device.type == "cuda":
-        every_mark = watch.take()
+        every_mark = watch.pop_times()
         times.memory = torch.cuda.max_memory_allocated()
         one: list[tuple[str, float]] = []
         for name, milliseconds in every_mark:

@@ -1,4 +1,4 @@
-"""Forced routing: routers do all their work, and then tokens go where the bench wants them, in our model and in others."""
+"""Forced routing: routers compute as usual, then a table replaces their choices, here and in baselines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXPONENT = 1.0
 """Of Zipf's law: the load of the i-th expert is as 1/i."""
 
 
-def force(stage: DecoderStage, routing: str) -> None:
+def force_routing(stage: DecoderStage, routing: str) -> None:
     """Have all routers of a stage choose by a table, `balanced` or `zipf`."""
     for router in stage.routers().values():
         setattr(router, "forward", _Forced(router, routing))  # noqa: B010  (a method, for the bench alone)
@@ -38,7 +38,7 @@ class _Forced:
         micro.tally.muted = muted
         shape = tuple(choice.chosen_BSK.shape)
         if shape not in self._tables:
-            table = table_of(self._routing, shape, self._router.experts, self._router.layer).to(x.device)
+            table = routing_table(self._routing, shape, self._router.experts, self._router.layer).to(x.device)
             self._tables[shape] = table, count(table, self._router.experts).sum(dim=0)
         chosen, loads = self._tables[shape]
         micro.tally.count(self._router.layer, loads)
@@ -47,7 +47,7 @@ class _Forced:
         return replace(choice, chosen_BSK=chosen)
 
 
-def fullest(load: Tensor, ep: int) -> float:
+def max_over_mean_rows(load: Tensor, ep: int) -> float:
     """Rows of the fullest of `ep` ranks over their mean, averaged over layers, each of which waits for its fullest rank.
     What is lent counts where it is at home.
 
@@ -58,25 +58,25 @@ def fullest(load: Tensor, ep: int) -> float:
     return float((rows.amax(dim=1) / rows.mean(dim=1)).mean())
 
 
-def force_theirs(
+def force_baseline_routing(
     routers: Sequence[nn.Module], routing: str, shape: tuple[int, int], experts: int, top_k: int
 ) -> None:
-    """The same for routers of another's model, in the order of its layers, whose call ends with the experts of each token,
+    """Force the routers of a baseline's model, in the order of its layers, whose call ends with the experts of each token,
     [..., K].
 
     Args:
         shape: samples and tokens of a sample.
     """
     for layer, router in enumerate(routers):
-        table = table_of(routing, (*shape, top_k), experts, layer).flatten(0, 1)
-        router.register_forward_hook(partial(_replaced, table.to(next(router.parameters()).device)))
+        table = routing_table(routing, (*shape, top_k), experts, layer).flatten(0, 1)
+        router.register_forward_hook(partial(_replace_choice, table.to(next(router.parameters()).device)))
 
 
-def _replaced(table: Tensor, _router: nn.Module, _given: Any, made: tuple[Any, ...]) -> tuple[Any, ...]:
+def _replace_choice(table: Tensor, _router: nn.Module, _given: Any, made: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*made[:-1], table)
 
 
-def table_of(routing: str, shape: tuple[int, ...], experts: int, seed: int) -> Tensor:
+def routing_table(routing: str, shape: tuple[int, ...], experts: int, seed: int) -> Tensor:
     """Choices of each token, no expert twice; [B, S, K] int64.
 
     `balanced`: every expert has the same load to within one. `zipf`: drawn without replacement by 1/rank, another order of

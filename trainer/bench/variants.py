@@ -42,7 +42,7 @@ class Outcome:
     profile: kernels.Profile | None = None
     """None on a CPU."""
     fullest: float | None = None
-    """Rows of the fullest rank of ep over the mean (`trainer.bench.routing.fullest`); None without ep."""
+    """Rows of the fullest rank of ep over the mean (`trainer.bench.routing.max_over_mean_rows`); None without ep."""
 
 
 def parse(text: str, options: Options) -> list[Variant]:
@@ -95,7 +95,7 @@ def _variant(text: str, options: Options) -> Variant:
 
 
 def config_of_variant(variant: Variant, plain: Options, world: int, on_gpu: bool) -> tuple[RunConfig, str]:
-    """As `chosen`; an error names the variant, unless it is one of what all variants have, too.
+    """As `resolve`; an error names the variant, unless it is one of what all variants have, too.
 
     Args:
         plain: what was typed besides the variants.
@@ -104,7 +104,7 @@ def config_of_variant(variant: Variant, plain: Options, world: int, on_gpu: bool
         UserError: where the trainer doesn't run it, or not on so many ranks.
     """
     try:
-        return chosen(variant.options, world, on_gpu)
+        return resolve(variant.options, world, on_gpu)
     except UserError as error:
         if str(error) == _error_of(plain, world, on_gpu):
             raise
@@ -114,24 +114,24 @@ def config_of_variant(variant: Variant, plain: Options, world: int, on_gpu: bool
 def _error_of(options: Options, world: int, on_gpu: bool) -> str:
     """Why a configuration is refused; empty where it isn't."""
     try:
-        chosen(options, world, on_gpu)
+        resolve(options, world, on_gpu)
     except UserError as error:
         return str(error)
     return ""
 
 
-def chosen(options: Options, world: int, on_gpu: bool) -> tuple[RunConfig, str]:
+def resolve(options: Options, world: int, on_gpu: bool) -> tuple[RunConfig, str]:
     """The configuration of a variant, and what the planner said of it where it set the layout.
 
     Raises:
         UserError: where the trainer doesn't run it, or not on so many ranks.
     """
-    config, said = _chosen(options, world, on_gpu)
+    config, said = _resolve(options, world, on_gpu)
     refuse(config, world)
     return config, said
 
 
-def _chosen(options: Options, world: int, on_gpu: bool) -> tuple[RunConfig, str]:
+def _resolve(options: Options, world: int, on_gpu: bool) -> tuple[RunConfig, str]:
     if "parallel=auto" not in options.overrides:
         return config_of(options, world, on_gpu), ""
     rest = tuple(word for word in options.overrides if word != "parallel=auto")
@@ -170,29 +170,31 @@ def forecast(config: RunConfig, world: int, imbalance: float | None = None) -> t
     ].allocated
 
 
-def other_mesh(mesh: Mesh, config: RunConfig) -> Mesh:
+def mesh_of_layout(mesh: Mesh, config: RunConfig) -> Mesh:
     """Groups of another layout over the same ranks."""
     return assemble(config, mesh.rank, mesh.world, mesh.device, mesh.control_group, mesh.network, mesh.node)
 
 
-def leave() -> None:
-    """Give up the memory of a layout whose engine is gone. Its groups stay: one of the same ranks would get the name of one
-    that was destroyed, and meet what that has left in the store."""
+def free_memory() -> None:
+    """Free the memory of a layout whose engine is gone. Its process groups stay: a new one of the same ranks would get the
+    name of a destroyed one, and meet what that has left in the store."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def row(text: str, config: RunConfig, world: int, measured: Outcome, routing: str = "real") -> Iterator[str]:
+def report_lines(
+    text: str, config: RunConfig, world: int, measured: Outcome, routing: str = "real"
+) -> Iterator[str]:
     """Lines of a variant, with the forecast of a plan, and that for the rows which the fullest rank really had."""
     times, profiled = measured.times, measured.profile
     each = flops_of(config) / world / 1e9
     tokens = (config.train.global_batch or 1) * config.data.sequence / world
-    guess = _beside(forecast(config, world, imbalance_of(routing)), times)
+    guess = _forecast_text(forecast(config, world, imbalance_of(routing)), times)
     if measured.fullest is not None and routing != "balanced":
         guess += f"; load imbalance {measured.fullest:.2f}"
         if config.parallel.lend_rows is None:
-            guess += f", {_beside(forecast(config, world, measured.fullest), times)} at that"
+            guess += f", {_forecast_text(forecast(config, world, measured.fullest), times)} at that"
         else:
             guess += " before lending"
     apart = "" if profiled is None else (
@@ -207,7 +209,7 @@ def row(text: str, config: RunConfig, world: int, measured: Outcome, routing: st
     )
 
 
-def _beside(made: tuple[float | None, float], times: Times) -> str:
+def _forecast_text(made: tuple[float | None, float], times: Times) -> str:
     """A forecast, and how far it is off."""
     seconds, size = made
     text = "no forecast" if seconds is None else (

@@ -181,15 +181,15 @@ MUTANTS = [
     Mutant(
         "without split experts a rank is the fullest",
         _COMMAND,
-        'if mesh["ep"].size > 1 else None',
+        "if ep > 1 else None",
         "if True else None",
         f"{_BENCH}the_rows_of_the_fullest_rank_are_those_of_a_step[1-None]",
     ),
     Mutant(
         "variants are shown as of real text",
         _COMMAND,
-        "measured, case.options.routing))",
-        "measured))",
+        "measured, case.options.routing)",
+        "measured)",
         f"{_BENCH}each_variant_is_shown_with_its_own_routing",
     ),
 ]

@@ -27,9 +27,9 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
 def test_the_fullest_rank_is_that_of_each_layer() -> None:
     """Two layers of four experts on two ranks: 6 of 8 rows on the first, 5 of 9 on the second."""
     load = torch.tensor([[4, 2, 1, 1], [2, 2, 0, 5]])
-    assert routing.fullest(load, 2) == pytest.approx((6 / 4 + 5 / 4.5) / 2)
-    assert routing.fullest(load, 4) == pytest.approx((4 / 2 + 5 / 2.25) / 2)
-    assert routing.fullest(load, 1) == 1.0
+    assert routing.max_over_mean_rows(load, 2) == pytest.approx((6 / 4 + 5 / 4.5) / 2)
+    assert routing.max_over_mean_rows(load, 4) == pytest.approx((4 / 2 + 5 / 2.25) / 2)
+    assert routing.max_over_mean_rows(load, 1) == 1.0
 
 
 def on_two_ranks(*words: str) -> RunConfig:
@@ -52,17 +52,17 @@ def test_a_row_has_a_forecast_for_the_rows_that_were_measured_too() -> None:
         imbalance: f"{1e3 * (variants.forecast(config, 2, imbalance)[0] or 0):.1f}"
         for imbalance in (None, 1.0, 1.87)
     }
-    (line,) = variants.row("a", config, 2, variants.Outcome(Times([2.5]), None, 1.87))
+    (line,) = variants.report_lines("a", config, 2, variants.Outcome(Times([2.5]), None, 1.87))
     assert "; load imbalance 1.87, forecast " in line and line.endswith(" at that")
     assert re.findall(r"forecast ([0-9.]+) ms", line) == [milliseconds[None], milliseconds[1.87]]
-    (lent,) = variants.row(
+    (lent,) = variants.report_lines(
         "a",
         on_two_ranks("parallel.ep=2", "parallel.lend_rows=9"),
         2,
         variants.Outcome(Times([2.5]), None, 1.87),
     )
     assert lent.endswith("; load imbalance 1.87 before lending")
-    (even,) = variants.row("a", config, 2, variants.Outcome(Times([2.5]), None, 1.0), "balanced")
+    (even,) = variants.report_lines("a", config, 2, variants.Outcome(Times([2.5]), None, 1.0), "balanced")
     assert "imbalance" not in even
     assert re.findall(r"forecast ([0-9.]+) ms", even) == [milliseconds[1.0]]
     assert len({*milliseconds.values()}) == 3
@@ -94,12 +94,12 @@ def test_each_variant_is_shown_with_its_own_routing(monkeypatch: pytest.MonkeyPa
     """Balanced rows are as many as were forecast."""
     outcome = variants.Outcome(Times([2.5]), None, 1.0)
     monkeypatch.setattr(command, "_native", lambda *_: outcome)
-    monkeypatch.setattr(variants, "other_mesh", lambda mesh, _: mesh)
+    monkeypatch.setattr(variants, "mesh_of_layout", lambda mesh, _: mesh)
     cases = [
         command._Case(kind, replace(options(), routing=kind), on_two_ranks("parallel.ep=2"))
         for kind in ("balanced", "zipf")
     ]
-    head, *table = command._compared(cases, cast(Any, SimpleNamespace(device=CPU, world=2, node=2)))
+    head, *table = command._variant_lines(cases, cast(Any, SimpleNamespace(device=CPU, world=2, node=2)))
     assert head.startswith("2 x CPU") and len(table) == 4
     assert ["imbalance" in line for line in table] == [line.startswith("zipf") for line in table]
 
@@ -163,7 +163,7 @@ def test_the_planner_sets_the_axes_of_auto(monkeypatch: pytest.MonkeyPatch) -> N
     """Its layout fills the ranks, and what else it settled is in the configuration."""
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     asked = options("train.global_batch=16", model="qwen3_30b_a3b")
-    config, said = variants.chosen(variants.parse("auto", asked)[0].options, 4, True)
+    config, said = variants.resolve(variants.parse("auto", asked)[0].options, 4, True)
     sizes = [config.parallel.size(axis) for axis in ("pp", "dp", "cp", "tp")]
     assert math.prod(sizes) == 4 and f"parallel.dp={sizes[1]}" in said
     seconds, size = variants.forecast(config, 4)
@@ -178,7 +178,7 @@ def test_the_planner_plans_for_the_routing_of_the_variant(monkeypatch: pytest.Mo
     for kind in ("balanced", "real"):
         asked = options("train.global_batch=16", "model.vocab=25600", model="qwen3_30b_a3b")
         variant = variants.parse(f"auto routing={kind} layers=8", asked)[0]
-        config, _ = variants.chosen(variant.options, 4, True)
+        config, _ = variants.resolve(variant.options, 4, True)
         chosen[kind] = config.parallel.size("ep"), config.parallel.lend_rows
     assert chosen == {"balanced": (4, None), "real": (4, 2048)}
 
@@ -190,7 +190,9 @@ def test_a_table_of_variants_has_a_line_each(
     read: list[bool] = []
     started = BatchLoader.started
     monkeypatch.setattr(BatchLoader, "started", lambda *a, **k: read.append(k["ahead"]) or started(*a, **k))
-    monkeypatch.setattr("trainer.bench.command.serial", lambda device: alone.append(device) or nullcontext())
+    monkeypatch.setattr(
+        "trainer.bench.command.without_overlap", lambda device: alone.append(device) or nullcontext()
+    )
     words = ["bench", "--model", "demo", "--baselines", "none", "--steps", "1", "--layers", "2"]
     table = "feed=ahead | feed=inline | optim.kind=muon overlap=off"
     assert main([*words, "--variants", table, "data.sequence=16", "model.vocab=256"]) == 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from trainer.bench.serial import COLLECTIVES, serial
+from trainer.bench.no_overlap import COLLECTIVES, without_overlap
 from trainer.parallel import exchange
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
@@ -41,7 +41,7 @@ def test_a_collective_stands_alone_and_everything_is_as_before_afterwards(
 
     monkeypatch.setattr(dist, "batch_isend_irecv", collective)
     monkeypatch.setattr(dist, exchange._GATHER, collective)
-    with serial(torch.device("cuda")):
+    with without_overlap(torch.device("cuda")):
         current[0] = side
         # As the exchange calls it, which must not have kept the function itself.
         exchange._gather_into(torch.zeros(2), torch.zeros(1), SimpleNamespace(process_group=None), later=True)  # type: ignore[arg-type]
@@ -65,9 +65,9 @@ def test_all_of_them_are_caught_and_given_back(monkeypatch: pytest.MonkeyPatch) 
         "all_to_all_single",
         "batch_isend_irecv",
     } <= set(before)
-    with pytest.raises(RuntimeError, match="a step"), serial(torch.device("cuda")):
+    with pytest.raises(RuntimeError, match="a step"), without_overlap(torch.device("cuda")):
         assert all(getattr(dist, name) is not one for name, one in before.items())
         raise RuntimeError("a step")
     assert all(getattr(dist, name) is one for name, one in before.items())
-    with serial(torch.device("cpu")):
+    with without_overlap(torch.device("cpu")):
         assert all(getattr(dist, name) is one for name, one in before.items())

@@ -45,7 +45,7 @@ def config(row: dict[str, Any], variant: str | None = None) -> RunConfig:
     words = (f"hardware={hardware(row)}", *row["words"].split())
     options = Options(words, row["model"], row["layers"], row["routing"], 4, (), None)
     (one,) = variants.parse(row["variant"] if variant is None else variant, options)
-    return variants.chosen(one.options, row["gpus"], on_gpu=True)[0]
+    return variants.resolve(one.options, row["gpus"], on_gpu=True)[0]
 
 
 def errors(row: dict[str, Any]) -> tuple[float, float]:

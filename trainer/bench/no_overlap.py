@@ -1,4 +1,4 @@
-"""Communication that hides behind nothing, to show what its overlap with computation is worth (MegaScale, table 3).
+"""Communication without overlap, to show what overlap with computation is worth (MegaScale, table 3).
 
 Each collective waits for all that was queued before it, and all that is queued after it waits for its end. The host
 doesn't wait, so what a step loses is the overlap alone.
@@ -22,7 +22,7 @@ COLLECTIVES = (
 
 
 @contextmanager
-def serial(device: torch.device) -> Iterator[None]:
+def without_overlap(device: torch.device) -> Iterator[None]:
     """No overlap for what runs inside, by any thread of this process; nothing changes on a CPU, whose collectives have no
     streams."""
     if device.type != "cuda":

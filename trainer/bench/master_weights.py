@@ -1,4 +1,4 @@
-"""What anyone writes around a model in bf16: fp32 masters, clipping, torch's fused AdamW."""
+"""The usual step around a bf16 model: fp32 master weights, clipping, torch's fused AdamW."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from configs.training import OptimConfig
-from trainer.bench.measure import Mark
+from trainer.bench.measure import PartTimer
 
 
-class Masters:
+class MasterWeightTrainer:
     """A training step of any model whose parameters are in bf16, or in fp32 without masters beside them."""
 
     def __init__(self, model: nn.Module, optim: OptimConfig) -> None:
@@ -32,7 +32,7 @@ class Masters:
             lr=1e-4, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True,
         )  # fmt: skip
 
-    def step(self, loss_of: Callable[[], Tensor], mark: Mark) -> Tensor:
+    def step(self, loss_of: Callable[[], Tensor], mark: PartTimer) -> Tensor:
         """Forward, backward, clipping and update."""
         with mark("forward"):
             loss = loss_of()
