@@ -116,7 +116,7 @@ class HardwareConfig(Section):
             for precision in getattr(self, field):
                 if precision not in PRECISIONS:
                     raise ValueError(
-                        f"hardware.{field}.{precision}: '{precision}' is not a precision"
+                        f"hardware.{field}.{precision}: '{precision}' is not a precision that matmuls are priced in"
                         f"{nearest(precision, PRECISIONS, cutoff=0.5)}; use one of {', '.join(PRECISIONS)}"
                     )
         return self

@@ -81,7 +81,8 @@ def test_several_mistakes_are_told_at_once() -> None:
 def test_a_rate_of_an_unknown_precision_names_the_nearest_one(field: str, value: str, tmp_path: Path) -> None:
     """Nothing would read it, so a slip of a key left the device without its rate."""
     reason = (
-        rf"hardware\.{field}\.bf99: 'bf99' is not a precision \(did you mean 'bf16'\?\); use one of fp32, "
+        rf"hardware\.{field}\.bf99: 'bf99' is not a precision that matmuls are priced in "
+        r"\(did you mean 'bf16'\?\); use one of fp32, "
     )
     with pytest.raises(UserError, match=reason):
         compose([f"hardware.{field}={{bf99: {value}}}"])
