@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from collectives import flags
-from collectives.launch import FREE_IT, LocalRanks, launched, refuse_both
+from collectives.launch import DISK_ADVICE, LocalRanks, detect_launcher, refuse_both
 from collectives.store import stream
 from collectives.store.lock import lock
 from collectives.store.results import ResultStore
-from collectives.store.resume import other_measurement, other_settings, settings_of
+from collectives.store.resume import first_difference, other_measurement_error, settings_of
 from configs.compose import amend, compose, dump, load
 from configs.errors import (
     INTERRUPTED_EXIT,
@@ -43,7 +43,7 @@ PROGRAM = "python -m collectives"
 _COMMANDS = ("run", "fit", "compare", "report", "device")
 _PROGRESS_SECONDS = 10.0
 """Between two lines of progress into a file."""
-_MOST_HERE = 1024
+_MAX_LOCAL_RANKS = 1024
 """Ranks that are started on one machine; each is a process with its own torch."""
 _NO_READER = "whoever read the output has ended, as `| head` does; send it to a file, such as `> table.txt`"
 FINDINGS_EXIT = 3
@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> int:
         return INTERRUPTED_EXIT
     except Exception as error:
         if trouble := disk_trouble(error, "a file of the measurement"):
-            print(f"megaray: {trouble}; {FREE_IT}", file=sys.stderr)
+            print(f"megaray: {trouble}; {DISK_ADVICE}", file=sys.stderr)
             return 1
         if isinstance(error, OSError) and error.filename is not None:
             why = refused(error, "a file")
@@ -167,17 +167,17 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     except UserError as error:
         raise UserError(flags.as_typed(str(error), options)) from None
     os.environ.update(typed.environment)
-    ranks = _ranks(options.ranks, typed.ranks)
+    ranks = _requested_ranks(options.ranks, typed.ranks)
     if ranks is not None:
         refuse_both(os.environ, ranks)
-    by = launched(os.environ) if ranks is None else None
+    by = detect_launcher(os.environ) if ranks is None else None
     folder = (options.out or Path(f"collectives-{time.strftime('%Y%m%d-%H%M%S')}")).absolute()
     if by is None:
-        world = _world(config, ranks)
-        folder = folder if options.out else _made(folder)
-        return _copied(RunPaths(folder), typed.copy, _run_here(config, world, folder))
+        world = _world_size(config, ranks)
+        folder = folder if options.out else _make_new_folder(folder)
+        return _write_copy(RunPaths(folder), typed.copy, _run_locally(config, world, folder))
     os.environ.update(by.variables)
-    rank = RankContext.from_environment(os.environ, _unused(folder) if options.out is None else folder)
+    rank = RankContext.from_environment(os.environ, _unused_folder(folder) if options.out is None else folder)
     # Loads torch, after the parent's death is arranged for.
     from collectives.studies.program import main as measure
 
@@ -185,7 +185,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     findings = measure(config, rank, arguments=tuple(arguments), named=named)
     code = FINDINGS_EXIT if findings else 0
     if rank.rank == 0:
-        code = _copied(RunPaths(Path(os.environ["MEGARAY_RUN"])), typed.copy, code)
+        code = _write_copy(RunPaths(Path(os.environ["MEGARAY_RUN"])), typed.copy, code)
     if code == FINDINGS_EXIT and not by.keeps_codes:
         # The launcher would bury these lines under a report of a crash.
         print(
@@ -195,7 +195,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     return code
 
 
-def _ranks(ranks: int | None, typed: int | None) -> int | None:
+def _requested_ranks(ranks: int | None, typed: int | None) -> int | None:
     """Ranks to start here, by `--ranks` or by nccl-tests' `-t` and `-g`."""
     if ranks is not None and typed is not None and ranks != typed:
         raise UserError(
@@ -204,7 +204,7 @@ def _ranks(ranks: int | None, typed: int | None) -> int | None:
     return typed if ranks is None else ranks
 
 
-def _unused(folder: Path) -> Path:
+def _unused_folder(folder: Path) -> Path:
     """The folder, or one beside it: two measurements may begin within a second."""
     number = 2
     while folder.exists():
@@ -213,10 +213,10 @@ def _unused(folder: Path) -> Path:
     return folder
 
 
-def _made(folder: Path) -> Path:
+def _make_new_folder(folder: Path) -> Path:
     """The folder, or one beside it, which this command made: another one may begin at the same moment."""
     while True:
-        folder = _unused(folder)
+        folder = _unused_folder(folder)
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
@@ -228,7 +228,7 @@ def _made(folder: Path) -> Path:
         return folder
 
 
-def _copied(run: RunPaths, target: Path | None, code: int) -> int:
+def _write_copy(run: RunPaths, target: Path | None, code: int) -> int:
     """Write the copy of the operation's JSON that `-J` names, where all was measured."""
     if target is None or code not in (0, FINDINGS_EXIT):
         return code
@@ -244,20 +244,20 @@ def _copied(run: RunPaths, target: Path | None, code: int) -> int:
     return code
 
 
-def _world(config: RunConfig, ranks: int | None) -> int:
+def _world_size(config: RunConfig, ranks: int | None) -> int:
     """Ranks to start here, as typed, or one for each device."""
     world = ranks if ranks is not None else _devices(config)
     if world < 2:
         raise UserError(f"--ranks={world}: a collective needs at least two ranks; type at least --ranks 2")
-    if world > _MOST_HERE:
+    if world > _MAX_LOCAL_RANKS:
         raise UserError(
-            f"--ranks={world} is above {_MOST_HERE}, the most that are started on one machine; start more by torchrun, "
-            "srun or mpirun"
+            f"--ranks={world} is above {_MAX_LOCAL_RANKS}, the most that are started on one machine; "
+            "start more by torchrun, srun or mpirun"
         )
     return world
 
 
-def _run_here(config: RunConfig, world: int, folder: Path) -> int:
+def _run_locally(config: RunConfig, world: int, folder: Path) -> int:
     """Start ranks on this machine and wait for them."""
     run = RunPaths(folder)
     store = ResultStore(run.measurement)
@@ -283,7 +283,7 @@ def _run_here(config: RunConfig, world: int, folder: Path) -> int:
             started.end()
             code, trouble = ended.code, str(ended)
     if trouble:
-        kept = "" if code == USER_ERROR_EXIT else _keep(store)
+        kept = "" if code == USER_ERROR_EXIT else _write_finished_rows(store)
         print(f"megaray: {'; '.join(filter(None, [trouble, kept]))}", file=sys.stderr)
     return code
 
@@ -321,24 +321,24 @@ def _refuse_other(store: ResultStore, config: RunConfig, world: int, folder: Pat
     about, ended = store.read_metadata()
     if ended:
         raise UserError(f"--out={folder} holds a finished measurement; name another folder, or remove it")
-    differs = other_settings(about, settings_of(config.collectives))
+    differs = first_difference(about, settings_of(config.collectives))
     if not differs and about.settings["ranks"] != world:
         differs = f"ranks={about.settings['ranks']}"
     if differs:
-        raise other_measurement(store.folder, differs)
+        raise other_measurement_error(store.folder, differs)
     with contextlib.suppress(OSError):  # what can't be written is reported by whoever writes
-        store.hold().close()
+        store.lock().close()
 
 
-def _keep(store: ResultStore) -> str:
-    """Make the files of what is done, and say so."""
+def _write_finished_rows(store: ResultStore) -> str:
+    """Write the tables of the finished rows, and say where they are."""
     rows = [row for row in store.finished() if row.timings] if store.metadata.exists() else []
     if not rows:
         return ""
     count = "1 row is" if len(rows) == 1 else f"{len(rows)} rows are"
     kept = f"{count} kept in {store.folder}"
     try:
-        stream.write(store, lambda: None)
+        stream.write_tables(store, lambda: None)
     except OSError as error:  # as on a full disk; the rows are in the journal
         kept += f", without tables ({error.strerror})"
     return f"{kept}, and the same command with this --out continues after them"
@@ -355,20 +355,22 @@ def _devices(config: RunConfig) -> int:
 def _fit(options: argparse.Namespace, _: list[str]) -> int:
     from collectives import commands  # loads numpy
 
-    print(commands.fit(commands.find(options.measurement), options.name, options.confidence))
+    print(commands.fit(commands.open_measurement(options.measurement), options.name, options.confidence))
     return 0
 
 
 def warn(text: str) -> None:
-    """Say what isn't an error."""
+    """Print a warning."""
     print(f"megaray: {text}", file=sys.stderr)
 
 
 def _compare(options: argparse.Namespace, _: list[str]) -> int:
     from collectives import commands
 
-    baseline = commands.find(options.baseline) if options.baseline else None
-    findings = commands.compare(commands.find(options.measurement), baseline, options.tolerance, warn)
+    baseline = commands.open_measurement(options.baseline) if options.baseline else None
+    findings = commands.compare(
+        commands.open_measurement(options.measurement), baseline, options.tolerance, warn
+    )
     if options.json:
         print(json.dumps([finding.to_json() for finding in findings]))
     else:
@@ -379,8 +381,8 @@ def _compare(options: argparse.Namespace, _: list[str]) -> int:
 def _report(options: argparse.Namespace, _: list[str]) -> int:
     from collectives import commands  # loads matplotlib
 
-    baseline = commands.find(options.baseline) if options.baseline else None
-    for path in commands.report(commands.find(options.measurement), baseline):
+    baseline = commands.open_measurement(options.baseline) if options.baseline else None
+    for path in commands.report(commands.open_measurement(options.measurement), baseline):
         print(path)
     return 0
 

@@ -21,7 +21,7 @@ from configs.profile import DeviceProfile, FabricProfile
 from configs.schema import HardwareConfig, RunConfig
 
 
-def find(name: Path) -> ResultStore:
+def open_measurement(name: Path) -> ResultStore:
     """The measurement in a folder, in a folder of `run --out`, or of a submitted run by its id.
 
     Raises:
@@ -70,7 +70,7 @@ def fit(store: ResultStore, name: str | None, confidence: float) -> str:
 
     if not 0.5 < confidence < 1:
         raise UserError(f"--confidence={confidence} is out of range; type one between 0.5 and 1, e.g. 0.95")
-    paths = [_kept_as("fabric", name)] if name is not None else []
+    paths = [_profile_path("fabric", name)] if name is not None else []
     results = _rows(store)
     profile = curves.profile(
         results, name or store.folder.parent.name, results.metadata.system["hardware"], confidence
@@ -89,7 +89,7 @@ def fit(store: ResultStore, name: str | None, confidence: float) -> str:
     return "\n".join([*curves.table(profile), *kept, *(f"profile: {path}" for path in paths)])
 
 
-def _kept_as(kind: str, name: str) -> Path:
+def _profile_path(kind: str, name: str) -> Path:
     """Where a profile with the name is kept, and looked for.
 
     Raises:
@@ -136,7 +136,7 @@ def compare(
     if baseline is not None:
         compared += against_baseline(results, _rows(baseline), tolerance, warn)
     try:
-        store.keep("comparison", [finding.to_json() for finding in compared])
+        store.write_json("comparison", [finding.to_json() for finding in compared])
     except OSError as error:  # another's measurement may be read, and not written to
         warn(f"not kept for `report`: {store.folder} can't be written ({error.strerror})")
     return own + compared
@@ -144,7 +144,7 @@ def compare(
 
 def _findings(store: ResultStore, name: str) -> list[BandwidthFinding]:
     with store.readable(name):
-        return [_finding(tree) for tree in store.kept(name) or ()]
+        return [_finding(tree) for tree in store.read_json(name) or ()]
 
 
 def _finding(tree: dict[str, Any]) -> BandwidthFinding:
@@ -164,7 +164,7 @@ def report(store: ResultStore, baseline: ResultStore | None) -> list[Path]:
     fitted = store.folder / "fabric.yaml"
     fits = curves.curves(profiles.load(FabricProfile, str(fitted))) if fitted.exists() else ()
     pairs = pair_rates(results)
-    probes = store.kept("probes")
+    probes = store.read_json("probes")
     if probes:
         with store.readable("probes"):
             directions = [
@@ -173,7 +173,7 @@ def report(store: ResultStore, baseline: ResultStore | None) -> list[Path]:
             endpoints = [Endpoint(**endpoint) for endpoint in probes["endpoints"]]
             pairs = Probes(probes["size"], tuple(endpoints), tuple(directions)).rates()
     with store.readable("moe"):
-        layers = [layer for layer in store.kept("moe") or () if layer["routing"].startswith("curve ")]
+        layers = [layer for layer in store.read_json("moe") or () if layer["routing"].startswith("curve ")]
         even = min(layers, key=lambda layer: layer["imbalance"])["sequential_us"] if layers else 1.0
     findings = _findings(store, "findings") + _findings(store, "comparison")
     try:
@@ -203,7 +203,7 @@ def device(
     from collectives.timing.team import choose_device
     from configs.rank import RankContext
 
-    path = _kept_as("device", name) if name is not None else Path("device.yaml").absolute()
+    path = _profile_path("device", name) if name is not None else Path("device.yaml").absolute()
     known = profiles.load(DeviceProfile, against) if against else None
     _refuse_unwritable(path)
     rank = RankContext.from_environment({}, Path.cwd())

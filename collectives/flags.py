@@ -100,7 +100,7 @@ _COUNTS = ("nthreads", "ngpus", "run_cycles", "cudagraph", "timeout", "device_ct
 
 
 @dataclass
-class Typed:
+class ParsedFlags:
     """What the flags stand for."""
 
     overrides: list[str] = field(default_factory=list)
@@ -119,7 +119,7 @@ def add(parser: argparse._ArgumentGroup) -> None:
         parser.add_argument(letter, f"--{name}", dest=name, metavar=metavar, help=text)
 
 
-def read(options: argparse.Namespace, env: Mapping[str, str]) -> Typed:
+def read(options: argparse.Namespace, env: Mapping[str, str]) -> ParsedFlags:
     """What was typed, and `NCCL_TESTS_SPLIT` of the environment.
 
     Raises:
@@ -127,7 +127,7 @@ def read(options: argparse.Namespace, env: Mapping[str, str]) -> Typed:
     """
     values = {name: value for _, name, _, _ in FLAGS if (value := getattr(options, name)) is not None}
     _check(values)
-    typed = Typed()
+    typed = ParsedFlags()
     for name, value in values.items():
         if name in _SET:
             typed.overrides += [f"collectives.{word}" for word in _SET[name](value)]

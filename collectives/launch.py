@@ -22,9 +22,11 @@ _GRACE = 5.0
 _LEAVING = 60.0
 """Seconds that a rank has to end which has said why it does: to give a GPU back may take that long on a busy machine."""
 _ERROR = re.compile(r"megaray: |[\w.]*(Error|Exception|Interrupt): ")
-_ECHO = re.compile(r"lost its peers|connection (was )?(closed|reset|refused)|broken pipe", re.IGNORECASE)
+_CONSEQUENCE = re.compile(
+    r"lost its peers|connection (was )?(closed|reset|refused)|broken pipe", re.IGNORECASE
+)
 """What a rank says whose peer has ended: not why that one did."""
-FREE_IT = "free or fix that disk and type the same command again, or name another folder with --out"
+DISK_ADVICE = "free or fix that disk and type the same command again, or name another folder with --out"
 """What to do where a measurement's folder takes nothing more."""
 _LAUNCHERS = (
     (
@@ -40,8 +42,8 @@ starts its daemons by srun, and the ranks inherit a daemon's place; srun with PM
 
 
 @dataclass(frozen=True)
-class Launched:
-    """How this process came to be one of several ranks."""
+class LauncherEnvironment:
+    """The launcher that started this process as one of several ranks."""
 
     by: str
     """The launcher's name; empty where another start of ours set the variables, or nobody says who."""
@@ -54,14 +56,14 @@ class Launched:
         return self.by in ("", "srun")
 
 
-def launched(env: Mapping[str, str]) -> Launched | None:
-    """What started this process as a rank; None where nothing did.
+def detect_launcher(env: Mapping[str, str]) -> LauncherEnvironment | None:
+    """The launcher of this process; None where it wasn't started as a rank.
 
     Raises:
         UserError: where the launcher says too little.
     """
     if "RANK" in env:
-        return Launched("torchrun" if "TORCHELASTIC_RUN_ID" in env else "", {})
+        return LauncherEnvironment("torchrun" if "TORCHELASTIC_RUN_ID" in env else "", {})
     several = [one for one in _LAUNCHERS if one[1][0] in env and int(env.get(one[1][1], "1")) > 1]
     for name, names in sorted(several, key=lambda one: one[1][2] not in env)[:1]:
         missing = [variable for variable in (names[2], "MASTER_ADDR", "MASTER_PORT") if variable not in env]
@@ -73,7 +75,7 @@ def launched(env: Mapping[str, str]) -> Launched | None:
         rank, world, local = (env[variable] for variable in names[:3])
         width = re.match(r"\d+", env.get(names[3], world))  # Slurm's is a list such as 8(x4)
         variables = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": local}
-        return Launched(name, variables | {"LOCAL_WORLD_SIZE": width[0] if width else world})
+        return LauncherEnvironment(name, variables | {"LOCAL_WORLD_SIZE": width[0] if width else world})
     return None
 
 
@@ -156,14 +158,14 @@ class LocalRanks:
         }
         self.end()
         wrong = {rank: code for rank, code in codes.items() if code not in fine}
-        rank = min(wrong, key=lambda rank: (_cause(wrong[rank], self._words(rank)), rank))
+        rank = min(wrong, key=lambda rank: (_blame_order(wrong[rank], self._words(rank)), rank))
         if wrong[rank] < 0:
             return 1, f"rank {rank} was ended by {signal.Signals(-wrong[rank]).name}"
         words = self._words(rank)
         if words.startswith("megaray: "):
             return wrong[rank], words.removeprefix("megaray: ")
         what, log = words or f"it ended with exit code {wrong[rank]}", self.run.attempt(1).log(rank)
-        if refusal := _refusal(log.parent):  # so that the log has less than the rank said
+        if refusal := _write_refusal(log.parent):  # so that the log has less than the rank said
             return wrong[rank], f"rank {rank}: {what}; {refusal}"
         return wrong[rank], f"rank {rank}: {what} (all of it is in {log})"
 
@@ -176,22 +178,22 @@ class LocalRanks:
             process.wait()
 
 
-def _cause(code: int, words: str) -> int:
-    """How near a rank's end is to the cause, 0 the nearest: others end since it did, some by an abort of a library."""
+def _blame_order(code: int, words: str) -> int:
+    """Sort key of failed ranks, 0 for the likeliest cause: others fail because of it, some by a library's abort."""
     if code == USER_ERROR_EXIT:
         return 0
     if code < 0:
         return 3 if code == -signal.SIGABRT else 1
-    return 4 if _ECHO.search(words) else 2
+    return 4 if _CONSEQUENCE.search(words) else 2
 
 
-def _refusal(folder: Path) -> str:
+def _write_refusal(folder: Path) -> str:
     """Why nothing can be written there, as on a full disk, and what to do; empty where something can."""
     probe = folder / ".probe"
     try:
         probe.write_bytes(bytes(1 << 16))
     except OSError as error:
-        return f"{folder} takes nothing more ({error.strerror}); {FREE_IT}"
+        return f"{folder} takes nothing more ({error.strerror}); {DISK_ADVICE}"
     finally:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ import numpy as np
 from collectives.analysis.fit import FEWEST, fit_curve
 from collectives.ops.groups import partitions
 from collectives.report.canvas import size_label
-from collectives.report.material import FittedCurve
+from collectives.report.report_data import FittedCurve
 from collectives.store.results import Metadata, Results, SweepRow
 from configs.errors import UserError
 from configs.profile import CollectiveCurve, FabricProfile, Segment

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from collectives.analysis.expected import ExpectedTimes, expected_times
 from collectives.analysis.probes import Endpoint, Ints, Pair, Probes
-from collectives.analysis.sound import SoundTimes, sound_times
 from configs.hardware import HardwareConfig
 
 
@@ -113,14 +113,14 @@ def judge(probes: Probes, slow_ratio: float, hardware: HardwareConfig) -> list[B
     if broken:
         return broken
     findings = _slow_endpoints(probes.endpoints, slow_ratio)
-    left = _Left.of(probes, {rank for finding in findings for rank in finding.ranks})
-    if left.rows.size:
-        # Of all paths: a blamed host's are slow, and don't reach the fastest third as long as most hosts are sound.
-        sound = sound_times(probes, hardware, slow_ratio)
-        findings += _slow_paths(left, sound, slow_ratio)
-        findings += _flapping(left, sound)
-        findings += _cold(left)
-        findings += _below_limit(sound, hardware, slow_ratio)
+    unexplained = _UnexplainedPaths.of(probes, {rank for finding in findings for rank in finding.ranks})
+    if unexplained.rows.size:
+        # Of all paths: a blamed host's are slow, and don't reach the fastest third as long as most hosts are expected.
+        expected = expected_times(probes, hardware, slow_ratio)
+        findings += _slow_paths(unexplained, expected, slow_ratio)
+        findings += _flapping(unexplained, expected)
+        findings += _cold(unexplained)
+        findings += _below_limit(expected, hardware, slow_ratio)
     return sorted(findings, key=lambda finding: list(_ACTIONS).index(finding.kind))
 
 
@@ -128,26 +128,26 @@ def suspects(probes: Probes, slow_ratio: float, hardware: HardwareConfig) -> set
     """Pairs that look slow or unsteady and are worth a second look: no slow host explains it, and none was alone yet."""
     if _broken(probes):
         return set()
-    left = _Left.of(probes, suspect_endpoints(probes.endpoints, slow_ratio))
-    if not left.rows.size:
+    unexplained = _UnexplainedPaths.of(probes, suspect_endpoints(probes.endpoints, slow_ratio))
+    if not unexplained.rows.size:
         return set()
-    sound, table = sound_times(probes, hardware, slow_ratio), probes.table
-    slow = left.rows[table.quick[left.rows] > sound.limit[left.rows]].tolist()
+    expected, table = expected_times(probes, hardware, slow_ratio), probes.table
+    slow = unexplained.rows[table.quick[unexplained.rows] > expected.limit[unexplained.rows]].tolist()
     confirmed = {
-        row for row in slow if any(min(one) > sound.limit[row] for one in probes.directions[row].alone)
+        row for row in slow if any(min(one) > expected.limit[row] for one in probes.directions[row].alone)
     }
-    unsteady = {table.pair(row) for row, _ in _unsteady(left, sound, spared=0)}
+    unsteady = {table.pair(row) for row, _ in _unsteady(unexplained, expected, spared=0)}
     return {table.pair(row) for row in slow if row not in confirmed} | unsteady
 
 
 def suspect_endpoints(endpoints: Sequence[Endpoint], slow_ratio: float) -> set[int]:
     """Ranks that look slow by themselves and are worth a second look."""
-    sound = [e for e in endpoints if e.cpu_seconds and _sound((*e.cpu_seconds, *e.device_seconds))]
-    return {rank for finding in _slow_endpoints(sound, slow_ratio) for rank in finding.ranks}
+    valid = [e for e in endpoints if e.cpu_seconds and _is_measurable((*e.cpu_seconds, *e.device_seconds))]
+    return {rank for finding in _slow_endpoints(valid, slow_ratio) for rank in finding.ranks}
 
 
 @dataclass(frozen=True)
-class _Left:
+class _UnexplainedPaths:
     """The directions that no slow host or device explains."""
 
     probes: Probes
@@ -155,7 +155,7 @@ class _Left:
     """Rows of the probes' table."""
 
     @classmethod
-    def of(cls, probes: Probes, blamed: set[int]) -> _Left:
+    def of(cls, probes: Probes, blamed: set[int]) -> _UnexplainedPaths:
         table = probes.table
         ranks = np.array(sorted(blamed), dtype=np.int64)
         explained = np.isin(table.source, ranks) | np.isin(table.target, ranks)
@@ -166,7 +166,7 @@ def _broken(probes: Probes) -> list[BandwidthFinding]:
     """Figures that no measurement can give: the instrument is at fault, and nothing else is judged."""
     findings = []
     for endpoint in probes.endpoints:
-        if not _sound((*endpoint.cpu_seconds, *endpoint.device_seconds)) or not endpoint.cpu_seconds:
+        if not _is_measurable((*endpoint.cpu_seconds, *endpoint.device_seconds)) or not endpoint.cpu_seconds:
             text = f"the probe of {endpoint.name} gave {list(endpoint.cpu_seconds)} s"
             findings.append(
                 BandwidthFinding(FindingKind.PROBE_FAILED, text, (endpoint.host,), (endpoint.rank,))
@@ -182,7 +182,7 @@ def _broken(probes: Probes) -> list[BandwidthFinding]:
     return findings
 
 
-def _sound(times: Sequence[float]) -> bool:
+def _is_measurable(times: Sequence[float]) -> bool:
     return all(math.isfinite(t) and t > 0 for t in times)
 
 
@@ -214,7 +214,7 @@ def _slow_endpoints(endpoints: Sequence[Endpoint], slow_ratio: float) -> list[Ba
 
 
 @dataclass
-class _Ways:
+class _PathsOfRank:
     """The slow directions of one rank, by kind of path."""
 
     all: dict[tuple[str, int], int] = field(default_factory=dict)
@@ -231,22 +231,24 @@ class _Ways:
         }
 
 
-def _slow_paths(left: _Left, sound: SoundTimes, slow_ratio: float) -> list[BandwidthFinding]:
+def _slow_paths(
+    unexplained: _UnexplainedPaths, expected: ExpectedTimes, slow_ratio: float
+) -> list[BandwidthFinding]:
     """Adapters that are slow towards all peers, then pairs and directions that no adapter explains."""
-    table, hosts = left.probes.table, left.probes.hosts
-    is_slow = table.quick > sound.limit
+    table, hosts = unexplained.probes.table, unexplained.probes.hosts
+    is_slow = table.quick > expected.limit
     slow = {
-        table.pair(row): (row, float(sound.quick[row] / table.quick[row]))
-        for row in left.rows[is_slow[left.rows]].tolist()
+        table.pair(row): (row, float(expected.quick[row] / table.quick[row]))
+        for row in unexplained.rows[is_slow[unexplained.rows]].tolist()
     }
     if not slow:
         return []
-    ways: dict[int, _Ways] = {rank: _Ways() for pair in slow for rank in pair}
-    for row in left.rows.tolist():
+    ways: dict[int, _PathsOfRank] = {rank: _PathsOfRank() for pair in slow for rank in pair}
+    for row in unexplained.rows.tolist():
         pair = table.pair(row)
         for rank, name in zip(pair, ("sending", "receiving"), strict=True):
             if (mine := ways.get(rank)) is not None:
-                way = (name, int(sound.of[row]))
+                way = (name, int(expected.of[row]))
                 mine.all[way] = mine.all.get(way, 0) + 1
                 if pair in slow:
                     mine.slow.setdefault(way, []).append(slow[pair][1])
@@ -256,7 +258,7 @@ def _slow_paths(left: _Left, sound: SoundTimes, slow_ratio: float) -> list[Bandw
         if bad := ways[rank].bad():
             names = [name for name in ("sending", "receiving") if any(way[0] == name for way in bad)]
             ratio = min(bad.values())
-            bad_ranks[rank] = ratio if all(sound.kinds[kind].equal for _, kind in bad) else 0.0
+            bad_ranks[rank] = ratio if all(expected.kinds[kind].equal for _, kind in bad) else 0.0
             text = f"{hosts[rank]} rank {rank} is slow {' and '.join(names)}, to all peers: {ratio:.2f} of their rate"
             evidence = {"directions": names}
             findings.append(
@@ -267,7 +269,7 @@ def _slow_paths(left: _Left, sound: SoundTimes, slow_ratio: float) -> list[Bandw
         # One that is far slower than its adapter has a fault of its own. Where paths differ by nature, nothing
         # distinguishes the two.
         own = [slow_ratio * bad_ranks[rank] for rank in pair if rank in bad_ranks]
-        if not own or (sound.kinds[sound.of[row]].equal and all(ratio <= least for least in own)):
+        if not own or (expected.kinds[expected.of[row]].equal and all(ratio <= least for least in own)):
             rest[pair] = ratio
     return findings + _slow_pairs(hosts, rest)
 
@@ -293,26 +295,28 @@ def _slow_pairs(hosts: Mapping[int, str], slow: Mapping[Pair, float]) -> list[Ba
     return findings
 
 
-def _below_limit(sound: SoundTimes, hardware: HardwareConfig, slow_ratio: float) -> list[BandwidthFinding]:
+def _below_limit(
+    expected: ExpectedTimes, hardware: HardwareConfig, slow_ratio: float
+) -> list[BandwidthFinding]:
     """Kinds of path whose fastest are far slower than the hardware is made for."""
     findings = []
-    for kind, rate in zip(sound.kinds, sound.rates, strict=True):
+    for kind, rate in zip(expected.kinds, expected.rates, strict=True):
         if kind.gbps and rate is not None and rate < slow_ratio * kind.gbps:
             text = f"the fastest {kind.name} reach {rate:.3g} GB/s of the {kind.gbps:.4g} that {hardware.name}'s reach"
             findings.append(BandwidthFinding(FindingKind.BELOW_LIMIT, text, ratio=rate / kind.gbps))
     return findings
 
 
-def _flapping(left: _Left, sound: SoundTimes) -> list[BandwidthFinding]:
+def _flapping(unexplained: _UnexplainedPaths, expected: ExpectedTimes) -> list[BandwidthFinding]:
     """Pairs that are fast at times and slow at others, more often than their peers, or the adapter of all."""
-    table, hosts = left.probes.table, left.probes.hosts
+    table, hosts = unexplained.probes.table, unexplained.probes.hosts
     shares: dict[Pair, dict[Pair, float]] = {}
-    for row, share in _unsteady(left, sound, spared=1):
+    for row, share in _unsteady(unexplained, expected, spared=1):
         source, target = table.pair(row)
         shares.setdefault((min(source, target), max(source, target)), {})[source, target] = share
     if len(shares) > 1:
         for rank in sorted(set.intersection(*(set(pair) for pair in shares))):
-            peers = table.source[left.rows[table.target[left.rows] == rank]].tolist()
+            peers = table.source[unexplained.rows[table.target[unexplained.rows] == rank]].tolist()
             if shares.keys() == {(min(rank, peer), max(rank, peer)) for peer in peers}:
                 host, share = hosts[rank], median(max(ways.values()) for ways in shares.values())
                 text = (
@@ -334,17 +338,19 @@ def _flapping_pair(hosts: Mapping[int, str], pair: Pair, ways: Mapping[Pair, flo
     return BandwidthFinding(FindingKind.FLAPPING, text, *where, 1 - share, evidence)
 
 
-def _unsteady(left: _Left, sound: SoundTimes, spared: int) -> list[tuple[int, float]]:
+def _unsteady(
+    unexplained: _UnexplainedPaths, expected: ExpectedTimes, spared: int
+) -> list[tuple[int, float]]:
     """Rows of directions that are neither slow nor fast throughout, and their share of slow messages.
 
     Of several passes the `spared` worst ones don't count: what happens in one alone is noise.
     """
-    table = left.probes.table
-    rows = left.rows[table.quick[left.rows] <= sound.limit[left.rows]]
+    table = unexplained.probes.table
+    rows = unexplained.rows[table.quick[unexplained.rows] <= expected.limit[unexplained.rows]]
     if not rows.size:
         return []
     messages = table.messages[rows]
-    there, slow = np.isfinite(messages), messages > sound.slow[rows, None, None]
+    there, slow = np.isfinite(messages), messages > expected.slow[rows, None, None]
     sizes, late = there.sum(axis=2), slow.sum(axis=2)  # [P, passes]
     share = np.where(sizes > 0, late / np.maximum(sizes, 1), np.inf)
     kept = np.maximum(1, (sizes > 0).sum(axis=1) - spared)
@@ -369,12 +375,14 @@ def _at_least(count: int, of: int, chance: float) -> float:
     return sum(math.comb(of, k) * chance**k * (1 - chance) ** (of - k) for k in range(count, of + 1))
 
 
-def _cold(left: _Left) -> list[BandwidthFinding]:
+def _cold(unexplained: _UnexplainedPaths) -> list[BandwidthFinding]:
     """Pairs whose first message takes far longer than the first messages of others."""
-    table, hosts = left.probes.table, left.probes.hosts
-    usual = float(np.median(table.first[left.rows]))
+    table, hosts = unexplained.probes.table, unexplained.probes.hosts
+    usual = float(np.median(table.first[unexplained.rows]))
     findings = []
-    for row in left.rows[table.first[left.rows] > max(_COLD_FACTOR * usual, usual + _COLD_SECONDS)].tolist():
+    for row in unexplained.rows[
+        table.first[unexplained.rows] > max(_COLD_FACTOR * usual, usual + _COLD_SECONDS)
+    ].tolist():
         (source, target), first = table.pair(row), float(table.first[row])
         text = (
             f"the first message from {hosts[source]} to {hosts[target]} (ranks {source}, {target}) took "

@@ -86,8 +86,8 @@ def path_kinds(probes: Probes, hardware: HardwareConfig) -> PathKinds:
     return PathKinds((PathKind("pairs of devices", group_limit(hardware, 2)),), one)
 
 
-def back(probes: Probes) -> Floats:
-    """Quick time of each direction's way back, in seconds; infinite where it wasn't measured."""
+def return_times(probes: Probes) -> Floats:
+    """Quick time of each direction's reverse, in seconds; infinite where it wasn't measured."""
     table = probes.table
     rows = [
         table.place.get((b, a), -1) for a, b in zip(table.source.tolist(), table.target.tolist(), strict=True)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from collectives.device.kernels import Case, CopyKernel, copies, label, matmuls
-from collectives.device.smi import describe, reading
+from collectives.device.smi import describe, read_sensors
 from collectives.ops.exact import TYPES
 from collectives.store import metadata
 from collectives.timing.clock import Call, EventClock, HostClock
@@ -39,7 +39,7 @@ _WINDOW = 5
 _SAMPLE_US = 500.0
 """A time is the mean of as many calls as fill this, …"""
 _SAMPLE_CALLS = 16
-"""… and at most so many, whose launches fit under one load of `DeviceBench.load`."""
+"""… and at most so many, whose launches fit under one load of `DeviceBench.enqueue_load`."""
 _SPREAD = {"cuda": 512 << 20, "cpu": 64 << 20}
 """Bytes that operands rotate through; on GPUs twice the largest last-level cache there is (MI300X: 256 MiB)."""
 _NOISE = (1 << 22) + 1
@@ -60,9 +60,9 @@ class DeviceBench:
         self._noise: dict[torch.dtype, Tensor] = {}
         self._host_bytes = host_bytes
         self._host: dict[bool, Tensor] = {}
-        self._load = (self.noise(4096, 8192), self.noise(8192, 8192)) if self._gpu else None
+        self._load = (self.random_normal(4096, 8192), self.random_normal(8192, 8192)) if self._gpu else None
 
-    def load(self) -> None:
+    def enqueue_load(self) -> None:
         """About a millisecond of work for a GPU, queued.
 
         Before a timed batch it gives the host time to queue the batch, so that no launch is waited for, clears the
@@ -76,12 +76,12 @@ class DeviceBench:
         if self._gpu:
             torch.cuda.synchronize(self.device)
 
-    def forget(self) -> None:
+    def free_host_buffers(self) -> None:
         """Let go of the host's buffers: where the next ones lie is luck that the rounds share."""
         self._host.clear()
         gc.collect()
 
-    def visit(self, case: Case, seconds: float) -> Array:
+    def measure_case(self, case: Case, seconds: float) -> Array:
         """Times of one call, in microseconds, from about `seconds` of preparation, warm-up and measurement.
 
         Raises:
@@ -114,12 +114,14 @@ class DeviceBench:
             self.wait()
 
         if self._gpu and not paged:
-            stamps = EventClock(self.device).run(batch, count, self.load)
+            stamps = EventClock(self.device).run(batch, count, self.enqueue_load)
         else:  # the host takes part in a copy of pageable memory, so its clock times it
             stamps = HostClock().run(whole, count, self.wait)
         return (stamps[:, 1] - stamps[:, 0]) / 1e3 / inner
 
-    def noise(self, *shape: int, dtype: torch.dtype = torch.bfloat16, pinned: bool | None = None) -> Tensor:
+    def random_normal(
+        self, *shape: int, dtype: torch.dtype = torch.bfloat16, pinned: bool | None = None
+    ) -> Tensor:
         """Normal numbers on the device, or, where `pinned` is set, in host memory.
 
         Larger tensors repeat 4 Mi of them, from another point on each time.
@@ -143,7 +145,7 @@ class DeviceBench:
         self._refuse(size + case.m * case.n * dtype.itemsize)
         sets = math.ceil(_SPREAD[self.device.type] / size)
         left, right = case.operands
-        x, w = self.noise(sets, *left, dtype=dtype), self.noise(sets, *right, dtype=dtype)
+        x, w = self.random_normal(sets, *left, dtype=dtype), self.random_normal(sets, *right, dtype=dtype)
         if case.layout == "weights":
             x = x.mT
         elif case.layout == "forward":
@@ -161,12 +163,14 @@ class DeviceBench:
         if case.kind == "device":
             self._refuse(2 * max(case.size, _SPREAD[self.device.type]))
             room = max(count, _SPREAD[self.device.type] // 4)
-            source, target = (self.noise(room, dtype=torch.float) for _ in range(2))
+            source, target = (self.random_normal(room, dtype=torch.float) for _ in range(2))
         else:
             pinned = "pinned" in case.kind
             if pinned not in self._host:
-                self._host[pinned] = self.noise(self._host_bytes // 4, dtype=torch.float, pinned=pinned)
-            host, here = self._host[pinned], self.noise(self._host_bytes // 4, dtype=torch.float)
+                self._host[pinned] = self.random_normal(
+                    self._host_bytes // 4, dtype=torch.float, pinned=pinned
+                )
+            host, here = self._host[pinned], self.random_normal(self._host_bytes // 4, dtype=torch.float)
             source, target = (host, here) if case.kind.endswith("to_device") else (here, host)
         return [
             partial(new.copy_, old, non_blocking=True)
@@ -247,11 +251,11 @@ def measure(
     record, smi = _Record({case: [] for case in cases}), {}
     progress("warming up")
     try:
-        smi["before"] = _heat(bench, seconds)
+        smi["before"] = _warm_up_device(bench, seconds)
         _rounds(bench, record, begun + seconds, config.collectives.seed, progress)
         if not any(record.times.values()):
             raise RuntimeError(f"nothing could be measured: {next(iter(record.left_out.values()))}")
-        smi["after"] = reading(device, bench.load, bench.wait)
+        smi["after"] = read_sensors(device, bench.enqueue_load, bench.wait)
     except (KeyboardInterrupt, RuntimeError) as error:
         if not any(record.times.values()):
             raise
@@ -291,13 +295,13 @@ def _rounds(
     bench: DeviceBench, record: _Record, deadline: float, seed: int, progress: Callable[[str], None]
 ) -> None:
     for number in range(ROUNDS):
-        bench.forget()
+        bench.free_host_buffers()
         order = [case for case in record.times if label(case) not in record.left_out]
         random.Random(seed + number).shuffle(order)
         for place, case in enumerate(order):
             visits = len(order) * (ROUNDS - number) - place
             try:
-                times = bench.visit(case, (deadline - time.monotonic()) / visits)
+                times = bench.measure_case(case, (deadline - time.monotonic()) / visits)
                 record.times[case].append(times)
                 note = f"{np.median(times):.1f} us"
             except (RuntimeError, MemoryError) as error:  # torch's out-of-memory errors are RuntimeErrors
@@ -315,11 +319,11 @@ def _free(bench: DeviceBench) -> None:
         torch.cuda.empty_cache()
 
 
-def _heat(bench: DeviceBench, seconds: float) -> dict[str, Any]:
+def _warm_up_device(bench: DeviceBench, seconds: float) -> dict[str, Any]:
     """Bring a GPU to the temperature and clocks of steady work; what its tool then says."""
     share, most = _HEATING
     until = time.monotonic() + min(share * seconds, most)
     while bench.device.type == "cuda" and time.monotonic() < until:
-        bench.load()
+        bench.enqueue_load()
         bench.wait()
-    return reading(bench.device, bench.load, bench.wait)
+    return read_sensors(bench.device, bench.enqueue_load, bench.wait)

@@ -45,7 +45,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     return about
 
 
-def reading(device: torch.device, load: Callable[[], None], wait: Callable[[], None]) -> dict[str, Any]:
+def read_sensors(device: torch.device, load: Callable[[], None], wait: Callable[[], None]) -> dict[str, Any]:
     """What the tool tells of a device that `load` keeps at work; empty where there is no tool, or it has no answer."""
     command = _command(device) if device.type == "cuda" else []
     if not command or shutil.which(command[0]) is None:

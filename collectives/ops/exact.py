@@ -35,7 +35,7 @@ _COMBINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }  # fmt: skip
 
 
-def sent(
+def expected_sent(
     source: int,
     target: int,
     dtype: torch.dtype,
@@ -62,12 +62,12 @@ def sent(
 
 
 @lru_cache(maxsize=16)
-def reduced(
+def expected_reduced(
     dtype: torch.dtype, ranks: int, redop: str, target: int, device: torch.device, length: int = _PERIOD
 ) -> Tensor:
     """The reduction of what all ranks have for `target`: one period or its beginning, kept for the next call."""
     length = min(length, _PERIOD)
-    parts = (sent(source, target, dtype, ranks, redop, device, length) for source in range(ranks))
+    parts = (expected_sent(source, target, dtype, ranks, redop, device, length) for source in range(ranks))
     whole = reduce(_COMBINE[redop], parts)
     return whole / ranks if redop == "avg" else whole
 

@@ -44,10 +44,10 @@ def shares(
         elif pattern == "bursty":
             bursting = bool(rng.random() < (_BURST_STAY if bursting else _BURST_BEGIN))
             hot = (int(rng.integers(experts)),) if bursting else ()
-        yield _heated(experts, hot)
+        yield _with_hot_experts(experts, hot)
 
 
-def _heated(experts: int, hot: Sequence[int]) -> np.ndarray:
+def _with_hot_experts(experts: int, hot: Sequence[int]) -> np.ndarray:
     """Even, but for the hot ones, which have `_HOT` times the mean, or all that there is."""
     share = np.full(experts, 1 / experts)
     if hot:
@@ -106,7 +106,7 @@ def imbalance(loads: Loads) -> float:
     return float(got.max() / got.mean())
 
 
-def cut(loads: Loads, parts: int) -> list[Loads]:
+def split_loads(loads: Loads, parts: int) -> list[Loads]:
     """Loads in `parts` that add up to the whole, each as even as whole pairs allow."""
     edges = [loads * number // parts for number in range(parts + 1)]
     return [after - before for before, after in zip(edges, edges[1:], strict=False)]

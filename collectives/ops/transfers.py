@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from collectives.ops.exact import fill, mismatches, reduced, sent
+from collectives.ops.exact import expected_reduced, expected_sent, fill, mismatches
 from collectives.ops.nccl import Communicator, Message
 from collectives.ops.operations import OPERATIONS, spread_counts
 
@@ -37,7 +37,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 @dataclass(frozen=True)
-class Seat:
+class GroupMember:
     """This rank's place in its group."""
 
     group: dist.ProcessGroup
@@ -86,16 +86,16 @@ class Transfer:
         RuntimeError, MemoryError: where the memory isn't to be had.
     """
 
-    def __init__(self, case: TransferCase, seat: Seat, room: int = 0) -> None:
-        self._case, self._seat = case, seat
-        self.is_root = case.root in (-1, seat.index)
+    def __init__(self, case: TransferCase, member: GroupMember, room: int = 0) -> None:
+        self._case, self._member = case, member
+        self.is_root = case.root in (-1, member.index)
         each = max(self._lengths())
         turns = max(1, min(_TURNS, room // (each * case.dtype.itemsize))) if each else 1
         receive = self._zeros(turns * each)
         send = receive if case.in_place else self._zeros(turns * each)
         buffers = [self._buffers(send[turn * each :], receive[turn * each :]) for turn in range(turns)]
         self._send, self._receive = buffers[0]
-        self._by_library = case.op in BY_LIBRARY and seat.communicator is not None
+        self._by_library = case.op in BY_LIBRARY and member.communicator is not None
         make = self._of_library if self._by_library else getattr(self, f"_{case.op}")
         self._calls: list[Callable[[], object]] = [make(*one) for one in buffers]
         self._turns = cycle(self._calls)
@@ -106,11 +106,11 @@ class Transfer:
 
     def _zeros(self, count: int) -> Tensor:
         case = self._case
-        return torch.zeros(count + case.unalign, dtype=case.dtype, device=self._seat.device)[case.unalign :]
+        return torch.zeros(count + case.unalign, dtype=case.dtype, device=self._member.device)[case.unalign :]
 
     def _buffers(self, send: Tensor, receive: Tensor) -> tuple[Tensor, Tensor]:
         """What is sent and what is received, of memory that begins with them; in place, one is a part of the other."""
-        case, count, me = self._case, self._case.count, self._seat.index
+        case, count, me = self._case, self._case.count, self._member.index
         sends, receives = self._lengths()
         whole = receive[: max(sends, receives)]
         mine = slice(me * count, (me + 1) * count)
@@ -130,7 +130,7 @@ class Transfer:
 
     def _lengths(self) -> tuple[int, int]:
         """Elements that this rank sends and receives."""
-        n, me, count = self._seat.size, self._seat.index, self._case.count
+        n, me, count = self._member.size, self._member.index, self._case.count
         match self._case.op:
             case "all_gather":
                 return count, n * count
@@ -148,24 +148,24 @@ class Transfer:
         return count, count
 
     def _splits(self) -> tuple[list[int], list[int]]:
-        matrix, me = self._case.matrix, self._seat.index
+        matrix, me = self._case.matrix, self._member.index
         assert matrix is not None, "an all_to_allv has a matrix"
         return list(matrix[me]), [row[me] for row in matrix]
 
     # ---- the calls ----
 
     def _of_library(self, send: Tensor, receive: Tensor) -> Callable[[], object]:
-        assert self._seat.communicator is not None, "chosen where there is one"
+        assert self._member.communicator is not None, "chosen where there is one"
         if self._case.op == "broadcast":
-            return self._seat.communicator.broadcast(send, receive, self._case.root)
-        return self._seat.communicator.exchange(*self.messages(send, receive))
+            return self._member.communicator.broadcast(send, receive, self._case.root)
+        return self._member.communicator.exchange(*self.messages(send, receive))
 
     def messages(self, send: Tensor, receive: Tensor) -> tuple[list[Message], list[Message]]:
         """What this rank sends and receives, of an operation that is made of messages.
 
         `sendrecv` is a ring: each rank sends to the next and receives from the one before.
         """
-        n, me, root = self._seat.size, self._seat.index, self._case.root
+        n, me, root = self._member.size, self._member.index, self._case.root
         match self._case.op:
             case "sendrecv":
                 return [((me + 1) % n, send)], [((me - 1) % n, receive)]
@@ -177,50 +177,50 @@ class Transfer:
         return list(enumerate(send.split(sends))), list(enumerate(receive.split(receives)))
 
     def _all_reduce(self, _send: Tensor, receive: Tensor) -> Callable[[], object]:
-        group, op = self._seat.group, _REDOPS[self._case.redop]
+        group, op = self._member.group, _REDOPS[self._case.redop]
         return lambda: dist.all_reduce(receive, op=op, group=group)
 
     def _reduce(self, _send: Tensor, receive: Tensor) -> Callable[[], object]:
-        group, op = self._seat.group, _REDOPS[self._case.redop]
-        root = self._seat.ranks[self._case.root]
+        group, op = self._member.group, _REDOPS[self._case.redop]
+        root = self._member.ranks[self._case.root]
         return lambda: dist.reduce(receive, root, op=op, group=group)
 
     def _broadcast(self, _send: Tensor, receive: Tensor) -> Callable[[], object]:
-        group, root = self._seat.group, self._seat.ranks[self._case.root]
+        group, root = self._member.group, self._member.ranks[self._case.root]
         return lambda: dist.broadcast(receive, root, group=group)
 
     def _all_gather(self, send: Tensor, receive: Tensor) -> Callable[[], object]:
-        group = self._seat.group
+        group = self._member.group
         return lambda: _all_gather(receive, send, group=group)
 
     def _reduce_scatter(self, send: Tensor, receive: Tensor) -> Callable[[], object]:
-        group, op = self._seat.group, _REDOPS[self._case.redop]
+        group, op = self._member.group, _REDOPS[self._case.redop]
         return lambda: _reduce_scatter(receive, send, op=op, group=group)
 
     def _gather(self, send: Tensor, receive: Tensor) -> Callable[[], object]:
-        group, root = self._seat.group, self._seat.ranks[self._case.root]
-        parts = list(receive.chunk(self._seat.size)) if self.is_root else None
+        group, root = self._member.group, self._member.ranks[self._case.root]
+        parts = list(receive.chunk(self._member.size)) if self.is_root else None
         return lambda: dist.gather(send, parts, root, group=group)
 
     def _scatter(self, send: Tensor, receive: Tensor) -> Callable[[], object]:
-        group, root = self._seat.group, self._seat.ranks[self._case.root]
-        parts = list(send.chunk(self._seat.size)) if self.is_root else None
+        group, root = self._member.group, self._member.ranks[self._case.root]
+        parts = list(send.chunk(self._member.size)) if self.is_root else None
         return lambda: dist.scatter(receive, parts, root, group=group)
 
     def _all_to_all(self, send: Tensor, receive: Tensor) -> Callable[[], object]:
-        group = self._seat.group
+        group = self._member.group
         return lambda: dist.all_to_all_single(receive, send, group=group)
 
     def _all_to_allv(self, send: Tensor, receive: Tensor) -> Callable[[], object]:
-        group = self._seat.group
+        group = self._member.group
         sends, receives = self._splits()
         return lambda: dist.all_to_all_single(receive, send, receives, sends, group=group)
 
     def _sendrecv(self, send: Tensor, receive: Tensor) -> Callable[[], object]:
-        seat, (((after, _),), ((before, _),)) = self._seat, self.messages(send, receive)
+        member, (((after, _),), ((before, _),)) = self._member, self.messages(send, receive)
         steps = [
-            dist.P2POp(dist.isend, send, seat.ranks[after], seat.group),
-            dist.P2POp(dist.irecv, receive, seat.ranks[before], seat.group),
+            dist.P2POp(dist.isend, send, member.ranks[after], member.group),
+            dist.P2POp(dist.irecv, receive, member.ranks[before], member.group),
         ]
 
         def exchange() -> None:
@@ -230,7 +230,7 @@ class Transfer:
         return exchange
 
     def _barrier(self, _send: Tensor, _receive: Tensor) -> Callable[[], object]:
-        group = self._seat.group
+        group = self._member.group
         return lambda: dist.barrier(group=group)
 
     # ---- exact values ----
@@ -250,20 +250,24 @@ class Transfer:
         ):
             self._receive.copy_(self._send)
         self._calls[0]()
-        if self._seat.device.type == "cuda":
-            torch.cuda.synchronize(self._seat.device)
+        if self._member.device.type == "cuda":
+            torch.cuda.synchronize(self._member.device)
         return self._count_wrong()
 
     def _tile(self, source: int, target: int, length: int) -> Tensor:
         case = self._case
-        return sent(source, target, case.dtype, self._seat.size, case.redop, self._seat.device, length)
+        return expected_sent(
+            source, target, case.dtype, self._member.size, case.redop, self._member.device, length
+        )
 
     def _reduced(self, target: int) -> Tensor:
-        case, seat = self._case, self._seat
-        return reduced(case.dtype, seat.size, case.redop, target, seat.device, len(self._receive))
+        case, member = self._case, self._member
+        return expected_reduced(
+            case.dtype, member.size, case.redop, target, member.device, len(self._receive)
+        )
 
     def _prepare(self) -> None:
-        me, n, count = self._seat.index, self._seat.size, self._case.count
+        me, n, count = self._member.index, self._member.size, self._case.count
         match self._case.op:
             case "reduce_scatter":
                 for target in range(n):
@@ -281,7 +285,7 @@ class Transfer:
                 fill(self._send, self._tile(me, 0, count))
 
     def _count_wrong(self) -> int:
-        case, me, n, receive = self._case, self._seat.index, self._seat.size, self._receive
+        case, me, n, receive = self._case, self._member.index, self._member.size, self._receive
         match case.op:
             case "all_reduce" | "reduce":
                 return mismatches(receive, self._reduced(0)) if case.op == "all_reduce" or self.is_root else 0

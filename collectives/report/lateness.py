@@ -12,7 +12,7 @@ import numpy as np
 
 from collectives.analysis.compare import partition_of
 from collectives.report.canvas import heat_map, plain, size_label
-from collectives.report.material import Material, Missing, Plot
+from collectives.report.report_data import MissingPlot, Plot, ReportData
 from collectives.store.results import Results, SweepRow
 from collectives.store.series import group_label, groups, rank_labels
 
@@ -22,12 +22,12 @@ SYNCHRONOUS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "all_
 """Operations that no rank can leave before all have entered."""
 
 
-def lateness_maps(material: Material) -> Iterator[Plot | Missing]:
+def lateness_maps(report: ReportData) -> Iterator[Plot | MissingPlot]:
     """How long the others wait for each rank, rank by operation, at the largest size."""
     drawn = False
-    for group in groups(material.results):
-        cases = {op: rows for (op, kind), rows in material.results.cases().items() if kind == group}
-        partition = _groups_of(material.results, group)
+    for group in groups(report.results):
+        cases = {op: rows for (op, kind), rows in report.results.cases().items() if kind == group}
+        partition = _groups_of(report.results, group)
         columns = {
             op: late
             for op, rows in cases.items()
@@ -41,13 +41,13 @@ def lateness_maps(material: Material) -> Iterator[Plot | Missing]:
         for i, (_, shares) in enumerate(columns.values()):
             table[: len(shares), i] = shares
         table *= 100
-        names = rank_labels(range(most), material.results.metadata)
+        names = rank_labels(range(most), report.results.metadata)
         heads = [f"{op}, {size_label(size)}" for op, (size, _) in columns.items()]
         scale = (0.0, min(max(float(np.nanmax(table)), LATE), 100.0))
         unit = "% of a call that others wait for the rank"
         axes_names = ("rank, host", "operation, size")
         figure = heat_map(table, (names, heads), axes_names, scale, unit, reverse=True, meaning="late")
-        title = f"Lateness of each rank, {group_label(material.results, group)}"
+        title = f"Lateness of each rank, {group_label(report.results, group)}"
         figure.suptitle(plain(title))
         caption = (
             "Ranks that enter a call early wait in it for the last one, whose own time is the shortest: a rank that is "
@@ -59,7 +59,7 @@ def lateness_maps(material: Material) -> Iterator[Plot | Missing]:
         )
         yield Plot(f"ranks.{group}", title, caption, figure, details)
     if not drawn:
-        yield Missing(
+        yield MissingPlot(
             "Lateness of each rank",
             "no row has times of more than one rank of an operation that all end together",
         )

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 
 from collectives.report.canvas import finish, grid, heat_map, log_sizes, log_values, plain
 from collectives.report.lateness import lateness_maps
-from collectives.report.material import FittedCurve, Material, Missing, Plot
+from collectives.report.report_data import FittedCurve, MissingPlot, Plot, ReportData
 from collectives.store.series import (
     Baseline,
     RowSeries,
@@ -32,17 +32,17 @@ _PLACEMENTS = {"out_of_place": "out of place", "in_place": "in place"}
 _SIZE = "message size"
 
 
-def draw(material: Material) -> Iterator[Plot | Missing]:
+def draw(report: ReportData) -> Iterator[Plot | MissingPlot]:
     """All plots, one after the other, so that one figure is held at a time."""
     for kind in (_bandwidth, _latency, _pairs, _residuals, lateness_maps, _against_baseline, _imbalance):
-        yield from kind(material)
+        yield from kind(report)
 
 
-def _bandwidth(material: Material) -> Iterator[Plot | Missing]:
+def _bandwidth(report: ReportData) -> Iterator[Plot | MissingPlot]:
     """Bus bandwidth over size by operation: a figure for each kind of group, a panel for each placement."""
     drawn = False
-    for group in groups(material.results):
-        lines, left = series(material.results.rows, group)
+    for group in groups(report.results):
+        lines, left = series(report.results.rows, group)
         by_placement = {p: [one for one in lines if one.by_size(p, "bus_bw")] for p in _PLACEMENTS}
         by_placement = {placement: members for placement, members in by_placement.items() if members}
         if not by_placement:
@@ -53,10 +53,10 @@ def _bandwidth(material: Material) -> Iterator[Plot | Missing]:
             axes.set_title(_PLACEMENTS[placement])
             for one in members:
                 points = one.by_size(placement, "bus_bw")
-                axes.plot(list(points), list(points.values()), label=plain(one.label), **_look(one))
+                axes.plot(list(points), list(points.values()), label=plain(one.label), **_line_style(one))
         log_sizes(panels)
         log_values(panels)
-        title = f"Bus bandwidth, {group_label(material.results, group)}"
+        title = f"Bus bandwidth, {group_label(report.results, group)}"
         finish(figure, panels, title, "bus bandwidth (GB/s)", _SIZE)
         caption = (
             "Lines should rise and level out near the link's rate; a dip or a step is a change of algorithm "
@@ -64,14 +64,14 @@ def _bandwidth(material: Material) -> Iterator[Plot | Missing]:
         )
         yield Plot(f"bandwidth.{group}", title, caption, figure, _left_out(left))
     if not drawn:
-        yield Missing("Bus bandwidth over size", "no row has a size and a bus bandwidth above zero")
+        yield MissingPlot("Bus bandwidth over size", "no row has a size and a bus bandwidth above zero")
 
 
-def _latency(material: Material) -> Iterator[Plot | Missing]:
+def _latency(report: ReportData) -> Iterator[Plot | MissingPlot]:
     """Time over size, a panel for each operation: the median, and the band from p95 to p99."""
     drawn = False
-    for group in groups(material.results):
-        lines, left = series(material.results.rows, group, variants=1)
+    for group in groups(report.results):
+        lines, left = series(report.results.rows, group, variants=1)
         if not lines:
             continue
         drawn = True
@@ -93,7 +93,7 @@ def _latency(material: Material) -> Iterator[Plot | Missing]:
                     axes.fill_between(list(p95), list(p95.values()), list(p99.values()), **shade)
         log_sizes(panels)
         log_values(panels)
-        title = f"Time, {group_label(material.results, group)}"
+        title = f"Time, {group_label(report.results, group)}"
         finish(figure, panels, title, "time of the slowest rank (µs)", _SIZE)
         caption = (
             "Flat on the left is latency, the slope on the right is bandwidth; where the band is far above its line, "
@@ -101,21 +101,21 @@ def _latency(material: Material) -> Iterator[Plot | Missing]:
         )
         yield Plot(f"latency.{group}", title, caption, figure, _left_out(left))
     if not drawn:
-        yield Missing("Time over size", "no row has a size and a time")
+        yield MissingPlot("Time over size", "no row has a size and a time")
 
 
-def _pairs(material: Material) -> Iterator[Plot | Missing]:
+def _pairs(report: ReportData) -> Iterator[Plot | MissingPlot]:
     """Rate of every pair, source by destination."""
     title = "Bandwidth of every pair"
-    ranks = sorted({rank for source, to, _ in material.pairs for rank in (source, to)})
+    ranks = sorted({rank for source, to, _ in report.pairs for rank in (source, to)})
     if not ranks:
-        yield Missing(title, "no rates of pairs were given")
+        yield MissingPlot(title, "no rates of pairs were given")
         return
     place = {rank: i for i, rank in enumerate(ranks)}
     rates = np.full((len(ranks), len(ranks)), np.nan)
-    for source, to, rate in material.pairs:
+    for source, to, rate in report.pairs:
         rates[place[source], place[to]] = rate
-    names = rank_labels(ranks, material.results.metadata)
+    names = rank_labels(ranks, report.results.metadata)
     # From zero: else noise among equals would look like a fault.
     scale = (0.0, float(np.nanmax(rates)))
     figure = heat_map(
@@ -129,15 +129,15 @@ def _pairs(material: Material) -> Iterator[Plot | Missing]:
     yield Plot("pairs", title, caption, figure)
 
 
-def _residuals(material: Material) -> Iterator[Plot | Missing]:
+def _residuals(report: ReportData) -> Iterator[Plot | MissingPlot]:
     """Median time over the fitted one, minus 1, in per cent, with the fit's interval: a fit is of medians."""
-    if not material.fits:
-        yield Missing("Fit residuals", "no fit was given")
-    for group in dict.fromkeys(fit.group for fit in material.fits):
+    if not report.fits:
+        yield MissingPlot("Fit residuals", "no fit was given")
+    for group in dict.fromkeys(fit.group for fit in report.fits):
         title = f"Fit residuals, group {group}"
         measured = []
-        for fit in (f for f in material.fits if f.group == group):
-            rows = material.results.cases().get((fit.op, group), [])
+        for fit in (f for f in report.fits if f.group == group):
+            rows = report.results.cases().get((fit.op, group), [])
             points = [
                 (row.size, row.best.p50_us)
                 for row in rows
@@ -147,7 +147,7 @@ def _residuals(material: Material) -> Iterator[Plot | Missing]:
             if within:
                 measured.append((fit, np.array(within, float)))
         if not measured:
-            yield Missing(title, "no measured size lies within those of a fit")
+            yield MissingPlot(title, "no measured size lies within those of a fit")
             continue
         figure, panels = grid(len(measured), columns=1, height=1.8)
         details = tuple(
@@ -168,7 +168,7 @@ def _residual_panel(axes: Axes, fit: FittedCurve, points: np.ndarray) -> str:
         np.exp(np.interp(np.log(sizes), np.log(at), np.log(v))) for v in (fitted, low, high)
     )
     residual = 100 * (times / middle - 1)
-    look = _look(RowSeries(fit.op, 0, "", ()))
+    look = _line_style(RowSeries(fit.op, 0, "", ()))
     axes.set_title(plain(f"{fit.op}, {fit.label}"))
     axes.axhline(0, color="black", lw=0.8)
     band: dict[str, Any] = {"color": "#888888", "alpha": 0.3, "lw": 0, "label": "interval of the fit"}
@@ -181,16 +181,16 @@ def _residual_panel(axes: Axes, fit: FittedCurve, points: np.ndarray) -> str:
     )
 
 
-def _against_baseline(material: Material) -> Iterator[Plot | Missing]:
+def _against_baseline(report: ReportData) -> Iterator[Plot | MissingPlot]:
     """Bus bandwidth over the baseline's by size, with the interval that both have."""
     title = "Against the baseline"
-    if material.baseline is None:
-        yield Missing(title, "no baseline was given")
+    if report.baseline is None:
+        yield MissingPlot(title, "no baseline was given")
         return
-    baseline = Baseline(material.baseline)
+    baseline = Baseline(report.baseline)
     drawn = False
-    for group in groups(material.results):
-        lines, left = series(material.results.rows, group)
+    for group in groups(report.results):
+        lines, left = series(report.results.rows, group)
         by_placement = {p: [(one, r) for one in lines if (r := baseline.ratios(one, p))] for p in _PLACEMENTS}
         by_placement = {placement: members for placement, members in by_placement.items() if members}
         if not by_placement:
@@ -202,31 +202,31 @@ def _against_baseline(material: Material) -> Iterator[Plot | Missing]:
             axes.axhline(1, color="black", lw=0.8)
             for one, ratios in members:
                 values, errors = zip(*ratios.values(), strict=True)
-                look = _look(one) | {"elinewidth": 0.8, "capsize": 1.5, "label": plain(one.label)}
+                look = _line_style(one) | {"elinewidth": 0.8, "capsize": 1.5, "label": plain(one.label)}
                 axes.errorbar(list(ratios), values, yerr=errors, **look)
         # A fifth to either side at least, so that a per cent doesn't look like a fall.
         low, high = panels[0].get_ylim()
         panels[0].set_ylim(min(low, 0.8), max(high, 1.2))
         log_sizes(panels)
-        named = f"{title}, {group_label(material.results, group)}"
+        named = f"{title}, {group_label(report.results, group)}"
         finish(figure, panels, named, "bus bandwidth, now / baseline", _SIZE)
         caption = (
             "At 1 nothing has changed, below 1 it is slower now; a bar that reaches 1 is within the noise. The baseline "
-            f"was begun {material.baseline.metadata.started}."
+            f"was begun {report.baseline.metadata.started}."
         )
         yield Plot(f"baseline.{group}", named, caption, figure, _left_out(left))
     if not drawn:
         why = "it shares no operation, group, number of ranks, type and size with this measurement"
-        yield Missing(title, why)
+        yield MissingPlot(title, why)
 
 
-def _imbalance(material: Material) -> Iterator[Plot | Missing]:
+def _imbalance(report: ReportData) -> Iterator[Plot | MissingPlot]:
     """Time over imbalance, both against the even load, beside the ideal."""
     title = "Cost of imbalance"
-    if not material.curves:
-        yield Missing(title, "no curve of imbalance was given")
+    if not report.curves:
+        yield MissingPlot(title, "no curve of imbalance was given")
         return
-    imbalance, ratio, ideal = zip(*sorted(material.curves), strict=True)
+    imbalance, ratio, ideal = zip(*sorted(report.curves), strict=True)
     figure, panels = grid(1, columns=1, height=2.6)
     panels[0].plot(imbalance, ratio, color=_COLOURS[0], marker="o", label="measured")
     panels[0].plot(imbalance, ideal, color="black", ls="--", label="ideal")
@@ -239,7 +239,7 @@ def _imbalance(material: Material) -> Iterator[Plot | Missing]:
     yield Plot("imbalance", title, caption, figure)
 
 
-def _look(line: RowSeries) -> dict[str, Any]:
+def _line_style(line: RowSeries) -> dict[str, Any]:
     """Colour, marker and dash: an operation looks the same in every figure."""
     i = _OPS.index(line.op) if line.op in _OPS else len(_OPS) - 1
     dash = _DASHES[line.place % len(_DASHES)]

@@ -14,9 +14,9 @@ from typing import Any
 import matplotlib as mpl
 
 from collectives.report.canvas import STYLE, size_label
-from collectives.report.material import FittedCurve, Material, Missing, Plot
 from collectives.report.number import number
 from collectives.report.plots import draw
+from collectives.report.report_data import FittedCurve, MissingPlot, Plot, ReportData
 from collectives.report.summary import is_sweep, summary, title_of
 from collectives.store.results import Results, ResultStore, SweepRow, Timing
 from collectives.store.series import hosts
@@ -110,17 +110,19 @@ def write(
     for old in folder.glob("*.png"):
         old.unlink()
     shown: list[tuple[Plot, Path]] = []
-    missing: list[Missing] = []
+    missing: list[MissingPlot] = []
     with mpl.rc_context(STYLE):
-        for plot in draw(Material(results, fits, baseline, pairs, curves)):
-            if isinstance(plot, Missing):
+        for plot in draw(ReportData(results, fits, baseline, pairs, curves)):
+            if isinstance(plot, MissingPlot):
                 missing.append(plot)
                 continue
             path = folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', plot.name)}.png"
             plot.figure.savefig(path)
             shown.append((plot, path))
     page = store.folder / "report.html"
-    parts = _page(results, findings, shown, missing, list(summary(results, pairs, store.kept("moe") or ())))
+    parts = _page(
+        results, findings, shown, missing, list(summary(results, pairs, store.read_json("moe") or ()))
+    )
     page.write_text("\n".join(parts), encoding="utf-8")
     return [*(path for _, path in shown), page]
 
@@ -129,7 +131,7 @@ def _page(
     results: Results,
     findings: Sequence[Mapping[str, Any]],
     shown: Sequence[tuple[Plot, Path]],
-    missing: Sequence[Missing],
+    missing: Sequence[MissingPlot],
     summed: Sequence[str],
 ) -> Iterator[str]:
     cases = results.cases()

@@ -1,7 +1,7 @@
-"""What a measurement is, and how it is kept: rows, and the files that hold them.
+"""What a measurement consists of, and how it is stored: rows, and their files.
 
 `rows.jsonl` is the truth: one row a line, appended when it is finished, so what is done survives whatever
-comes. From it `stream.write` makes nccl-tests' JSON (schema version 3, one file per operation and group) and a CSV.
+comes. From it `stream.write_tables` makes nccl-tests' JSON (schema version 3, one file per operation and group) and a CSV.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ class ResultStore:
             return []
         data = self.rows.read_bytes()
         lines = data[: data.rfind(b"\n") + 1].splitlines()
-        rows = [row_at(self.rows, number, line) for number, line in enumerate(lines, start=1)]
+        rows = [parse_line(self.rows, number, line) for number, line in enumerate(lines, start=1)]
         return list({row.key: row for row in rows}.values())
 
     def read(self) -> Results:
@@ -229,8 +229,8 @@ class ResultStore:
                 f"{self.metadata} is damaged ({error}); put a copy of it there, or measure into another folder"
             ) from None
 
-    def hold(self) -> BinaryIO:
-        """Keep other writers out of the folder, as long as what is returned is open and this process lives.
+    def lock(self) -> BinaryIO:
+        """Lock the folder against other writers, as long as what is returned is open and this process lives.
 
         Raises:
             UserError: where another process measures into it.
@@ -243,12 +243,12 @@ class ResultStore:
         tree = from_json(self.metadata.read_text())
         write_whole(self.metadata, json.dumps(tree | {"ended": ended}, indent=1))
 
-    def keep(self, name: str, tree: Any) -> None:
-        """Write what a study that isn't a sweep found, as `name`.json."""
+    def write_json(self, name: str, tree: Any) -> None:
+        """Write the result of a study that isn't a sweep, as `name`.json."""
         write_whole(self.folder / f"{name}.json", json.dumps(tree, indent=1))
 
-    def kept(self, name: str) -> Any:
-        """What `keep` wrote; None where it didn't."""
+    def read_json(self, name: str) -> Any:
+        """What `write_json` wrote; None where it didn't."""
         path = self.folder / f"{name}.json"
         if not path.exists():
             return None
@@ -395,14 +395,14 @@ def write_csv(path: Path, rows: Iterable[SweepRow], metadata: Metadata) -> None:
     temporary.replace(path)
 
 
-def row_at(path: Path, number: int, line: bytes) -> SweepRow:
+def parse_line(path: Path, number: int, line: bytes) -> SweepRow:
     """The row of a line.
 
     Raises:
         UserError: where it isn't what `ResultStore.append` wrote.
     """
     try:
-        return row_of(from_json(line))
+        return parse_row(from_json(line))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"line {number} of {path} is damaged ({type(error).__name__}: {error}); remove the line, and its case is "
@@ -410,7 +410,7 @@ def row_at(path: Path, number: int, line: bytes) -> SweepRow:
         ) from None
 
 
-def row_of(tree: dict[str, Any]) -> SweepRow:
+def parse_row(tree: dict[str, Any]) -> SweepRow:
     """A row that `ResultStore.append` wrote, from its line's tree."""
     names = {f.name for f in fields(Timing)}
     for placement in ("out_of_place", "in_place"):
@@ -419,16 +419,16 @@ def row_of(tree: dict[str, Any]) -> SweepRow:
             timing["rank_times_us"] = tuple(map(tuple, timing["rank_times_us"]))
             timing["times_us"] = tuple(timing["times_us"])
             tree[placement] = Timing(**{name: value for name, value in timing.items() if name in names})
-            _refuse_words(tree[placement])
+            _check_numbers(tree[placement])
             if not tree[placement].time_us > 0:
                 raise ValueError(f"time_us={tree[placement].time_us} is not above 0")
     row = SweepRow(**tree)
-    _refuse_words(row)
+    _check_numbers(row)
     return row
 
 
-def _refuse_words(part: SweepRow | Timing) -> None:
-    """Refuse what isn't a number where one must be: it would fail far from the line that holds it."""
+def _check_numbers(part: SweepRow | Timing) -> None:
+    """Refuse what isn't a number where one must be: it would fail far from the damaged line."""
     for field in fields(part):
         value = getattr(part, field.name)
         if field.type in ("int", "float") and not isinstance(value, int | float):

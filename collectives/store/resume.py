@@ -18,7 +18,7 @@ def settings_of(settings: CollectivesConfig) -> dict[str, Any]:
     return tree | {"timer": tree["timer"] if tree["timer"] != "auto" else "by device"}
 
 
-def other_settings(before: Metadata, now: dict[str, Any]) -> str:
+def first_difference(before: Metadata, now: dict[str, Any]) -> str:
     """The first field of `collectives` that differs, with its earlier value; empty where none does.
 
     A field that the earlier measurement doesn't know yet differs where it isn't its default.
@@ -31,7 +31,7 @@ def other_settings(before: Metadata, now: dict[str, Any]) -> str:
 
 def difference(before: Metadata, now: Metadata) -> str:
     """What differs between two measurements, as it was before; empty where one continues the other."""
-    if differs := other_settings(before, now.settings["collectives"]):
+    if differs := first_difference(before, now.settings["collectives"]):
         return differs
     for name in ("ranks", "layout", "network"):
         if before.settings[name] != now.settings[name]:
@@ -79,7 +79,7 @@ def refuse_finished(store: ResultStore) -> None:
         )
 
 
-def other_measurement(folder: Path, differs: str) -> UserError:
+def other_measurement_error(folder: Path, differs: str) -> UserError:
     """What is said where a folder holds another measurement."""
     return UserError(
         f"{folder} holds another measurement ({differs}); name another folder with --out, or remove it"

@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from collectives.store.results import ResultStore, SweepRow, nccl_tests_json, row_at, row_of, write_csv
+from collectives.store.results import ResultStore, SweepRow, nccl_tests_json, parse_line, parse_row, write_csv
 from configs.errors import from_json
 from configs.paths import write_whole
 
-Alive = Callable[[], None]
+Heartbeat = Callable[[], None]
 """Called between rows, to show that the rank is alive."""
 Key = tuple[Any, ...]
 
@@ -25,7 +25,7 @@ class RowIndex:
         alive: called for each row.
     """
 
-    def __init__(self, store: ResultStore, alive: Alive) -> None:
+    def __init__(self, store: ResultStore, alive: Heartbeat) -> None:
         self._path, self._alive = store.rows, alive
         self._begins: dict[Key, int] = {}
         self.cases: dict[tuple[str, str], list[int]] = {}
@@ -51,7 +51,7 @@ class RowIndex:
                 if not line.endswith(b"\n"):  # still being written, or torn
                     return
                 self._alive()
-                yield begin, row_at(self._path, number, line)
+                yield begin, parse_line(self._path, number, line)
                 begin += len(line)
 
     def rows(self, begins: list[int] | None = None) -> Iterator[SweepRow]:
@@ -62,10 +62,10 @@ class RowIndex:
             for begin in self._begins.values() if begins is None else begins:
                 file.seek(begin)
                 self._alive()
-                yield row_of(from_json(file.readline()))
+                yield parse_row(from_json(file.readline()))
 
 
-def write(store: ResultStore, alive: Alive, ended: str | None = None) -> list[Path]:
+def write_tables(store: ResultStore, alive: Heartbeat, ended: str | None = None) -> list[Path]:
     """Make nccl-tests' JSON of each operation and group, and the CSV of all rows; their paths.
 
     Args:

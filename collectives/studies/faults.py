@@ -1,4 +1,4 @@
-"""The study that finds what is slow: every host's own speed, and every pair of hosts in both directions.
+"""The study that finds slow hosts and links: each host's compute speed, and each pair of hosts in both directions.
 
 Pairs are probed in rounds of a tournament, all pairs of a round at once, so the time grows with the number of
 hosts and not with that of pairs. Endpoints are the ranks with an adapter of their own: each GPU's, or one of a
@@ -35,20 +35,20 @@ _SHOWN = 16
 
 
 @dataclass(frozen=True)
-class Meeting:
+class ProbePair:
     """Two ranks that probe each other in one round."""
 
     a: int
     b: int
 
 
-def schedule(lanes: list[list[int]]) -> list[list[Meeting]]:
-    """Rounds of pairs of ranks that can meet at once: in each lane the same round of its tournament."""
+def schedule(lanes: list[list[int]]) -> list[list[ProbePair]]:
+    """Rounds of pairs of ranks that can be probed at once: in each lane the same round of its tournament."""
     of_lane = [
-        [[Meeting(lane[i], lane[j]) for i, j in pairs] for pairs in rounds(len(lane))] for lane in lanes
+        [[ProbePair(lane[i], lane[j]) for i, j in pairs] for pairs in rounds(len(lane))] for lane in lanes
     ]
     return [
-        [meeting for tournament in of_lane for meeting in tournament[number]]
+        [pairing for tournament in of_lane for pairing in tournament[number]]
         for number in range(max(map(len, of_lane)))
     ]
 
@@ -77,7 +77,7 @@ class ProbeRecord:
         """As they are judged."""
         return Probes(self.size, tuple(self.endpoints.values()), tuple(self.directions.values()))
 
-    def own_speed(self, ranks: Sequence[int], times: Floats) -> list[float]:
+    def add_compute_times(self, ranks: Sequence[int], times: Floats) -> list[float]:
         """Keep [ranks, repeats] seconds of the processor, then of the device, NaN where there is none.
 
         Returns:
@@ -93,10 +93,10 @@ class ProbeRecord:
             )
         return [min(self.endpoints[rank].cpu_seconds) * 1e3 for rank in ranks]
 
-    def meeting(self, meeting: Meeting, times: Floats, *, alone: bool) -> float:
+    def add_messages(self, pairing: ProbePair, times: Floats, *, alone: bool) -> float:
         """Keep the messages of both ways, [ranks, 1 + repeats] seconds by sender; GB/s of the slower way."""
         slowest = 0.0
-        for pair in ((meeting.a, meeting.b), (meeting.b, meeting.a)):
+        for pair in ((pairing.a, pairing.b), (pairing.b, pairing.a)):
             first, rest = float(times[pair[0], 0]), times[pair[0], 1:]
             before = self.directions.get(pair, Direction(*pair, first, ()))
             self.directions[pair] = replace(
@@ -115,13 +115,13 @@ def _rates_text(rates: Mapping[str, float]) -> str:
     return f"{len(rates)} pairs, slowest {', '.join(named[i] for i in order[:3])}, fastest {named[order[-1]]}"
 
 
-class Faults:
+class FaultStudy:
     """Probes on one rank; every rank goes through the same rounds, and rank 0 keeps what they give."""
 
     def __init__(self, bench: MeasurementSetup, journal: Journal, hardware: HardwareConfig) -> None:
         self._bench, self._team, self._journal = bench, bench.team, journal
         self._settings, self._hardware = bench.settings, hardware
-        self._lanes = self._in_lanes()
+        self._lanes = self._probe_lanes()
         self._rounds = schedule(self._lanes)
         # In another order each pass, so that what comes and goes doesn't meet the same pair.
         order = random.Random(self._settings.seed)
@@ -138,21 +138,21 @@ class Faults:
 
     @property
     def cases(self) -> int:
-        """Steps that are foreseen: in every pass the hosts' own speed and the rounds. Confirmations come on top."""
+        """Planned steps: in every pass the hosts' compute speed and the rounds. Confirmations come on top."""
         return (1 + len(self._rounds)) * self._settings.passes
 
     def run(self, done: frozenset[tuple[str | int, ...]]) -> None:  # noqa: ARG002 (a study of seconds starts anew)
         """Probe, and on rank 0 judge."""
         for number, order in enumerate(self._order, start=1):
-            self._own_speed(f"pass {number}", self._record.ranks)
+            self._probe_compute(f"pass {number}", self._record.ranks)
             for index in order:
-                self._round(f"pass {number}", self._rounds[index])
+                self._probe_round(f"pass {number}", self._rounds[index])
         self._confirm()
         if self._team.rank.rank == 0:
-            self._conclude()
+            self._judge_and_store()
 
-    def _conclude(self) -> None:
-        """Keep what was measured, and judge; of 1,024 ranks that takes seconds, so the rank shows that it is alive."""
+    def _judge_and_store(self) -> None:
+        """Store what was measured, and judge it; for 1,024 ranks that takes seconds, so the rank sends heartbeats."""
         probes, store = self._record.probes(), self._journal.store
         temporary = store.folder / "probes.json.tmp"
         with temporary.open("w") as file:
@@ -168,7 +168,7 @@ class Faults:
             self._journal.note(f"# nothing slow among {many}")
 
     def _confirm(self) -> None:
-        """Probe again what looks slow or unsteady, on its own: what else happened at that time is not a fault."""
+        """Probe again what was slow or unsteady, without other traffic: interference isn't a fault."""
         for number in range(1, _CONFIRMATIONS + 1):
             name, doubts = f"confirmation {number}", (set[int](), set[Pair]())
             self._bench.beat()
@@ -178,29 +178,31 @@ class Faults:
             ranks, pairs = self._team.tree.broadcast_object(doubts)
             self._bench.beat()
             if ranks:
-                self._own_speed(name, ranks)
-            for meetings in self._rounds if pairs else []:
-                for alone in self._apart([m for m in meetings if (m.a, m.b) in pairs or (m.b, m.a) in pairs]):
-                    self._round(name, alone, alone=True)
+                self._probe_compute(name, ranks)
+            for pairings in self._rounds if pairs else []:
+                for alone in self._disjoint_machines(
+                    [m for m in pairings if (m.a, m.b) in pairs or (m.b, m.a) in pairs]
+                ):
+                    self._probe_round(name, alone, alone=True)
 
-    def _apart(self, meetings: list[Meeting]) -> Iterator[list[Meeting]]:
-        """Meetings that share a machine one after the other, the others at once."""
-        left = meetings
+    def _disjoint_machines(self, pairings: list[ProbePair]) -> Iterator[list[ProbePair]]:
+        """Pairs that share a machine one after the other, the others at once."""
+        left = pairings
         while left:
             taken: set[str] = set()
-            at_once: list[Meeting] = []
-            later: list[Meeting] = []
-            for meeting in left:
-                needed = {self._machines[meeting.a], self._machines[meeting.b]}
+            at_once: list[ProbePair] = []
+            later: list[ProbePair] = []
+            for pairing in left:
+                needed = {self._machines[pairing.a], self._machines[pairing.b]}
                 if needed & taken:
-                    later.append(meeting)
+                    later.append(pairing)
                 else:
-                    at_once.append(meeting)
+                    at_once.append(pairing)
                     taken |= needed
             yield at_once
             left = later
 
-    def _in_lanes(self) -> list[list[int]]:
+    def _probe_lanes(self) -> list[list[int]]:
         """Ranks that are paired with each other."""
         nodes, members = self._team.nodes, self._team.members
         if len(set(nodes)) == 1:
@@ -211,8 +213,8 @@ class Faults:
                 lanes.setdefault(member["local_rank"], []).append(rank)
         return [lane for lane in lanes.values() if len(lane) > 1]
 
-    def _own_speed(self, name: str, ranks: Collection[int]) -> None:
-        """Work of the endpoints `ranks`, one after the other where they share a machine."""
+    def _probe_compute(self, name: str, ranks: Collection[int]) -> None:
+        """Time compute on the endpoints `ranks`, one after the other where they share a machine."""
         me, turns = self._team.rank.rank, dict[int, int]()
         seen: dict[str, int] = {}
         for rank in sorted(ranks):
@@ -230,33 +232,33 @@ class Faults:
         every = self._team.tree.gather(times)
         text = ""
         if every is not None:
-            best = self._record.own_speed(sorted(ranks), every)
+            best = self._record.add_compute_times(sorted(ranks), every)
             text = f"# {name}: own speed of {len(best)} endpoints, {min(best):.4g} to {max(best):.4g} ms"
         case = {"study": "faults", "probe": "own speed", "pass": name}
         self._journal.step(case, {"ms": best if every is not None else []}, text)
 
-    def _round(self, name: str, meetings: list[Meeting], *, alone: bool = False) -> None:
+    def _probe_round(self, name: str, pairings: list[ProbePair], *, alone: bool = False) -> None:
         """Probe all pairs of a round at once, one direction after the other; `alone` on their machines or not."""
         me = self._team.rank.rank
-        meeting = next((m for m in meetings if me in (m.a, m.b)), None)
+        pairing = next((m for m in pairings if me in (m.a, m.b)), None)
         self._team.tree.wait()
         # What this rank sends; what it receives is timed by its peer.
         times = np.full(1 + self._settings.probe_repeats, np.nan)
-        if meeting is not None:
-            for source, target in ((meeting.a, meeting.b), (meeting.b, meeting.a)):
+        if pairing is not None:
+            for source, target in ((pairing.a, pairing.b), (pairing.b, pairing.a)):
                 self._bench.beat()
                 if me == source:
-                    times[:] = self._push(target)
+                    times[:] = self._send_messages(target)
                 else:
-                    self._absorb(source)
+                    self._acknowledge_messages(source)
         every = self._team.tree.gather(times)
         rates: dict[str, float] = {}
         if every is not None:
-            rates = {f"{m.a}-{m.b}": self._record.meeting(m, every, alone=alone) for m in meetings}
+            rates = {f"{m.a}-{m.b}": self._record.add_messages(m, every, alone=alone) for m in pairings}
         case = {"study": "faults", "probe": "pairs", "pass": name}
         self._journal.step(case, {"gbps": rates}, f"# {name}: {_rates_text(rates)}")
 
-    def _push(self, peer: int) -> list[float]:
+    def _send_messages(self, peer: int) -> list[float]:
         """Seconds of each message until its acknowledgement is back."""
         times = []
         for _ in range(1 + self._settings.probe_repeats):
@@ -267,7 +269,7 @@ class Faults:
             times.append(time.perf_counter() - begun)
         return times
 
-    def _absorb(self, peer: int) -> None:
+    def _acknowledge_messages(self, peer: int) -> None:
         for _ in range(1 + self._settings.probe_repeats):
             dist.recv(self._buffer, peer)
             dist.send(self._ack, peer)

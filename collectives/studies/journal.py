@@ -1,4 +1,4 @@
-"""What a measurement leaves behind while it runs: rows, the table, metric lines, findings."""
+"""What a measurement writes while it runs: rows, the table, metric lines, findings."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from collectives.store.stream import RowIndex
 from configs.metrics import EndedLine, FindingLine, MeasuredLine, MetricWriter, ResumedLine
 from configs.rank import RankContext
 
-Beat = Callable[[int, bool], None]
+Heartbeat = Callable[[int, bool], None]
 """Called with the number of the case, and whether it is finished: how a gang sees that a rank is alive."""
 
 
 class Journal:
-    """What a measurement leaves behind. Rank 0's writes; the others' counts along."""
+    """Writes a measurement's results on rank 0; on other ranks it only counts the finished cases."""
 
-    def __init__(self, rank: RankContext, beat: Beat | None = None) -> None:
+    def __init__(self, rank: RankContext, beat: Heartbeat | None = None) -> None:
         self.store = ResultStore(rank.run.measurement)
         self.finished = 0
         self.cases = 0
@@ -50,7 +50,7 @@ class Journal:
             OSError: where the folder can't be written.
         """
         if self._writes and self._rank.attempt == 1:  # of a run's attempts the controller lets one write
-            self._held = self.store.hold()
+            self._held = self.store.lock()
         self._lines = MetricWriter(self._rank.paths.metrics) if self._writes else None
         kept: list[SweepRow] = []
         self._graphs = about.settings["collectives"]["timer"] == "graph"
@@ -58,7 +58,7 @@ class Journal:
             index = RowIndex(self.store, self.alive)
             kept = index.heads
             # They count for the exit code and in findings.json; the attempt that made the row wrote their lines.
-            self.findings = [finding for row in index.rows() for finding in _wrong_with(row, self._graphs)]
+            self.findings = [finding for row in index.rows() for finding in _row_findings(row, self._graphs)]
         else:
             self.store.begin(about)
         self.timed = len(kept)
@@ -73,7 +73,7 @@ class Journal:
         return kept
 
     def alive(self) -> None:
-        """The rank is at work on a case."""
+        """Send a heartbeat: the rank is at work on a case."""
         if self._beat:
             self._beat(self.finished, False)
 
@@ -87,7 +87,7 @@ class Journal:
         self.first_note = self.first_note or row.note
         if self.table:
             self.table.row(row)
-        for finding in _wrong_with(row, self._graphs):
+        for finding in _row_findings(row, self._graphs):
             self.finding(finding)
         self._measured({name: getattr(row, name) for name in _CASE}, _figures(row), row.note)
 
@@ -99,7 +99,7 @@ class Journal:
             self._measured(case, result, "")
 
     def note(self, text: str) -> None:
-        """A line for the reader alone."""
+        """Print a line that isn't stored."""
         if self.table:
             self.table.line(text)
 
@@ -123,10 +123,10 @@ class Journal:
         """
         if not self._writes:
             return
-        self.store.keep("findings", [finding.to_json() for finding in self.findings])
+        self.store.write_json("findings", [finding.to_json() for finding in self.findings])
         # A measurement that is marked as whole isn't continued: its files have to be there.
         ended = metadata.utc()
-        stream.write(self.store, self.alive, ended)
+        stream.write_tables(self.store, self.alive, ended)
         self.store.end(ended)
         if self.table:
             self.table.end()
@@ -145,8 +145,8 @@ class Journal:
         )
 
 
-def _wrong_with(row: SweepRow, graphs: bool) -> Iterator[BandwidthFinding]:
-    """What a row says by itself.
+def _row_findings(row: SweepRow, graphs: bool) -> Iterator[BandwidthFinding]:
+    """Findings that follow from one row alone.
 
     Args:
         graphs: a graph was to be replayed (`-G`), so that a row of other launches isn't what was to be measured.

@@ -24,7 +24,7 @@ from collectives.ops import routing
 from collectives.ops.exact import TYPES
 from collectives.ops.groups import partitions
 from collectives.ops.routing import Loads
-from collectives.ops.transfers import Seat
+from collectives.ops.transfers import GroupMember
 from collectives.studies.journal import Journal
 from collectives.timing.measure import MeasurementSetup
 from configs.errors import UserError
@@ -80,7 +80,7 @@ _HEAD = (
 )
 
 
-class Moe:
+class MoeStudy:
     """The study on one rank."""
 
     def __init__(
@@ -103,7 +103,7 @@ class Moe:
             )
         self._points = [value for value in self._settings.imbalances if value <= self._ranks]
         self._named = list(self._routings())
-        self._seat = self._team.seat(self._partition)
+        self._member = self._team.membership(self._partition)
 
     @property
     def cases(self) -> int:
@@ -139,17 +139,20 @@ class Moe:
             else:
                 self._journal.step({}, {}, "")
         if layers:
-            self._journal.store.keep("moe", [asdict(layer) | {"hidden": layer.hidden} for layer in layers])
+            self._journal.store.write_json(
+                "moe", [asdict(layer) | {"hidden": layer.hidden} for layer in layers]
+            )
 
     def _timed(self, name: str, steps: Sequence[Loads]) -> Layer | None:
-        seat, dtype = self._seat, TYPES[self._settings.dtypes[0]]
+        member, dtype = self._member, TYPES[self._settings.dtypes[0]]
         whole: list[MoeTraffic] = []
         chunked: list[MoeTraffic] = []
-        if seat is not None:
-            weights = RandomExperts(self._model, seat, dtype)
-            whole = [MoeTraffic([loads], seat, weights) for loads in steps]
+        if member is not None:
+            weights = RandomExperts(self._model, member, dtype)
+            whole = [MoeTraffic([loads], member, weights) for loads in steps]
             chunked = [
-                MoeTraffic(routing.cut(loads, self._settings.chunks), seat, weights) for loads in steps
+                MoeTraffic(routing.split_loads(loads, self._settings.chunks), member, weights)
+                for loads in steps
             ]
         dispatch = self._mean([e.dispatch for e in whole])
         experts = self._mean([e.compute for e in whole], alone=True)
@@ -179,7 +182,7 @@ class Moe:
         """
         turn = iter(range(1 << 62))
         call = (lambda: calls[next(turn) % len(calls)]()) if calls else None
-        group = self._seat.group if self._seat is not None else None
+        group = self._member.group if self._member is not None else None
         raw = self._bench.time(call, group, capturable=False)  # the next call is another step's
         if raw is None:
             return None
@@ -189,15 +192,15 @@ class Moe:
 class RandomExperts:
     """SwiGLU experts of one rank, with random weights; by a grouped matmul where there is one, as in training."""
 
-    def __init__(self, model: ModelConfig, seat: Seat, dtype: torch.dtype) -> None:
-        local = model.experts // seat.size
-        look: dict[str, Any] = {"dtype": dtype, "device": seat.device}
-        self.hidden, self.local, self.look = model.hidden, local, look
-        self._grouped = grouped_kernel(seat.device)[1] if dtype == torch.bfloat16 else None
-        generator = torch.Generator(seat.device).manual_seed(seat.index)
+    def __init__(self, model: ModelConfig, member: GroupMember, dtype: torch.dtype) -> None:
+        local = model.experts // member.size
+        factory_kwargs: dict[str, Any] = {"dtype": dtype, "device": member.device}
+        self.hidden, self.local, self.factory_kwargs = model.hidden, local, factory_kwargs
+        self._grouped = grouped_kernel(member.device)[1] if dtype == torch.bfloat16 else None
+        generator = torch.Generator(member.device).manual_seed(member.index)
         shapes = ((local, model.hidden, 2 * model.expert_width), (local, model.expert_width, model.hidden))
         self._up, self._down = (
-            torch.randn(shape, generator=generator, device=seat.device).mul_(shape[1] ** -0.5).to(dtype)
+            torch.randn(shape, generator=generator, device=member.device).mul_(shape[1] ** -0.5).to(dtype)
             for shape in shapes
         )
 
@@ -205,7 +208,7 @@ class RandomExperts:
         """The function that applies expert i to the next `sizes[i]` tokens, [T, D] to [T, D]."""
         if self._grouped is None:
             return partial(self._one_by_one, sizes)
-        ends = torch.tensor(sizes, device=self.look["device"]).cumsum(0).to(torch.int32)
+        ends = torch.tensor(sizes, device=self.factory_kwargs["device"]).cumsum(0).to(torch.int32)
         return partial(self._all_at_once, self._grouped, ends)
 
     def _all_at_once(self, grouped: Callable[..., Tensor], ends: Tensor, x_TD: Tensor) -> Tensor:
@@ -225,16 +228,16 @@ class RandomExperts:
 class MoeTraffic:
     """One layer's traffic with its buffers, in one part or in chunks."""
 
-    def __init__(self, parts: Sequence[Loads], seat: Seat, experts: RandomExperts) -> None:
-        self._group = seat.group
-        me = seat.index
+    def __init__(self, parts: Sequence[Loads], member: GroupMember, experts: RandomExperts) -> None:
+        self._group = member.group
+        me = member.index
         self._parts = []
         for loads in parts:
             pairs = routing.between_ranks(loads)
             sends, receives = pairs[me].tolist(), pairs[:, me].tolist()
             mine = loads[:, me * experts.local : (me + 1) * experts.local].sum(axis=0).tolist()
-            sent = torch.randn(sum(sends), experts.hidden, device=seat.device).to(**experts.look)
-            got = torch.zeros(sum(receives), experts.hidden, **experts.look)
+            sent = torch.randn(sum(sends), experts.hidden, device=member.device).to(**experts.factory_kwargs)
+            got = torch.zeros(sum(receives), experts.hidden, **experts.factory_kwargs)
             self._parts.append((sends, receives, experts.on(mine), sent, got))
 
     def dispatch(self) -> None:

@@ -12,10 +12,10 @@ from collectives.analysis.judge import BandwidthFinding
 from collectives.ops.groups import GroupPartition, partitions
 from collectives.store import metadata
 from collectives.store.results import Metadata, SweepRow
-from collectives.store.resume import difference, other_measurement, refuse_finished
-from collectives.studies.faults import Faults
-from collectives.studies.journal import Beat, Journal
-from collectives.studies.moe import Moe
+from collectives.store.resume import difference, other_measurement_error, refuse_finished
+from collectives.studies.faults import FaultStudy
+from collectives.studies.journal import Heartbeat, Journal
+from collectives.studies.moe import MoeStudy
 from collectives.studies.sweep import SweepRunner
 from collectives.timing import clock
 from collectives.timing.measure import MeasurementSetup
@@ -33,7 +33,7 @@ class NothingMeasuredError(RuntimeError):
 def main(
     config: RunConfig,
     rank: RankContext,
-    beat: Beat | None = None,
+    beat: Heartbeat | None = None,
     arguments: tuple[str, ...] = (),
     named: bool = True,
 ) -> list[BandwidthFinding]:
@@ -54,39 +54,39 @@ def main(
         FabricLost: where a rank died in the middle.
         NothingMeasuredError: where no case could be measured.
     """
-    _keep_graphs_plain(config)
-    team = Team.meet(config, rank)
+    _disable_graph_registration(config)
+    team = Team.join(config, rank)
     layout = layout_of(config, rank.world)
     if not named:
         rank = replace(rank, run=RunPaths(Path(team.tree.broadcast_object(str(rank.run.root)))))
         os.environ.update(rank.environment())
     journal = Journal(rank, beat)
     waits = config.collectives.sync != "loop"
-    ticks = clock.choose("host" if waits else config.collectives.timer, team.device, lambda: team.control)
+    ticks = clock.make_clock("host" if waits else config.collectives.timer, team.device, lambda: team.control)
     bench = MeasurementSetup(team, ticks, config.collectives, journal.alive)
     study = _study(config, bench, journal, layout)
     journal.cases = study.cases
     first = _first_partition(config, team, layout)
     about = metadata.collect(config, team, ticks, first, layout, list(arguments))
-    done = _begin(team, journal, about)
+    done = _open_store(team, journal, about)
     try:
         study.run(done)
     except RuntimeError as error:
-        if isinstance(error, UserError) or not _is_lost(error):
+        if isinstance(error, UserError) or not _is_network_error(error):
             raise
         raise FabricLost(
             f"rank {rank.rank} lost its peers: {str(error).splitlines()[0]}; {journal.finished} of {journal.cases} "
             f"cases are kept in {journal.store.folder}, and the same command continues after them"
         ) from error
     if isinstance(study, SweepRunner):
-        _refuse_nothing(team, journal)
+        _refuse_empty_sweep(team, journal)
     journal.end()
     team.tree.wait()
     return journal.findings
 
 
-def _keep_graphs_plain(config: RunConfig) -> None:
-    """Have NCCL move through graphs as it does without them, unless a graph is what is to be measured.
+def _disable_graph_registration(config: RunConfig) -> None:
+    """Have NCCL use the same transport in a graph as outside of one, unless graphs are what is to be measured.
 
     It registers the buffers of a captured call, which makes large messages faster than the same call made by itself.
     """
@@ -94,8 +94,8 @@ def _keep_graphs_plain(config: RunConfig) -> None:
         os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
 
 
-def _refuse_nothing(team: Team, journal: Journal) -> None:
-    """End a sweep that has no times as a failure."""
+def _refuse_empty_sweep(team: Team, journal: Journal) -> None:
+    """Fail where no case of a sweep has times."""
     why = ""
     if team.rank.rank == 0:
         why = "" if journal.timed else journal.first_note or "no case has times"
@@ -105,22 +105,22 @@ def _refuse_nothing(team: Team, journal: Journal) -> None:
 
 def _study(
     config: RunConfig, bench: MeasurementSetup, journal: Journal, layout: dict[str, int]
-) -> SweepRunner | Faults | Moe:
+) -> SweepRunner | FaultStudy | MoeStudy:
     match config.collectives.study:
         case "sweep":
             return SweepRunner(bench, journal, layout)
         case "moe":
-            return Moe(bench, journal, config, layout)
-    return Faults(bench, journal, config.hardware)
+            return MoeStudy(bench, journal, config, layout)
+    return FaultStudy(bench, journal, config.hardware)
 
 
-def _begin(team: Team, journal: Journal, about: Metadata) -> frozenset[tuple[str | int, ...]]:
-    """Open the store on rank 0, and tell all ranks what is done, or why not."""
+def _open_store(team: Team, journal: Journal, about: Metadata) -> frozenset[tuple[str | int, ...]]:
+    """Open the store on rank 0, and broadcast the finished cases, or why it can't be opened."""
     kept: list[SweepRow] = []
     refusal = ""
     if team.rank.rank == 0:
         try:
-            _make_way(journal, about, team.rank.attempt)
+            _prepare_folder(journal, about, team.rank.attempt)
             kept = journal.begin(about)
         except UserError as error:
             refusal = str(error)
@@ -135,8 +135,8 @@ def _begin(team: Team, journal: Journal, about: Metadata) -> frozenset[tuple[str
     return frozenset(keys)
 
 
-def _make_way(journal: Journal, about: Metadata, attempt: int) -> None:
-    """Refuse a folder that holds another measurement, or a whole one.
+def _prepare_folder(journal: Journal, about: Metadata, attempt: int) -> None:
+    """Refuse a folder that holds another measurement, or a finished one.
 
     A later attempt of a run is measured anew where it has landed on other hosts, say, and the earlier rows are kept aside.
 
@@ -150,7 +150,7 @@ def _make_way(journal: Journal, about: Metadata, attempt: int) -> None:
         refuse_finished(store)
     differs = difference(store.read_metadata()[0], about)
     if differs and attempt == 1:
-        raise other_measurement(store.folder, differs)
+        raise other_measurement_error(store.folder, differs)
     if differs:
         store.folder.rename(store.folder.with_name(f"{store.folder.name}-before-attempt-{attempt}"))
 
@@ -187,7 +187,7 @@ def layout_of(config: RunConfig, world: int) -> dict[str, int]:
     return layout
 
 
-def _is_lost(error: RuntimeError) -> bool:
+def _is_network_error(error: RuntimeError) -> bool:
     """Whether an error is the network's: a peer that went away, or a timeout."""
     lost = (dist.DistNetworkError, dist.DistBackendError)
     # gloo raises plain RuntimeErrors, of what it can't do too, so that its name alone says nothing.

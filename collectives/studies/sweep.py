@@ -14,7 +14,7 @@ import torch.distributed as dist
 from collectives.ops.exact import MOVED_ONLY, TYPES
 from collectives.ops.groups import GroupPartition, partitions
 from collectives.ops.operations import OPERATIONS, Operation, counts, largest, size_of, sizes
-from collectives.ops.transfers import Seat, Transfer, TransferCase, matrix_of
+from collectives.ops.transfers import GroupMember, Transfer, TransferCase, matrix_of
 from collectives.store.results import SweepRow, Timing
 from collectives.studies.journal import Journal
 from collectives.timing.measure import MeasurementSetup, Raw
@@ -140,13 +140,13 @@ class SweepRunner:
     def run(self, done: frozenset[tuple[str | int, ...]]) -> None:
         """Measure what isn't done."""
         for one in self._series:
-            seat = self._team.seat(one.partition)
+            member = self._team.membership(one.partition)
             for count in one.counts:
                 case = self._case(one, count, in_place=True)
                 row = one.row(count, case.matrix)
                 if row.key in done:
                     continue
-                row = self._measured(one, row, case, seat)
+                row = self._measured(one, row, case, member)
                 self._journal.row(replace(row, time=time.time()))
                 if row.note:
                     break  # larger sizes need more memory still
@@ -158,7 +158,9 @@ class SweepRunner:
             one.op.name, count, dtype, one.redop, one.root, in_place, matrix, self._settings.unalign
         )
 
-    def _measured(self, one: CaseSeries, row: SweepRow, case: TransferCase, seat: Seat | None) -> SweepRow:
+    def _measured(
+        self, one: CaseSeries, row: SweepRow, case: TransferCase, member: GroupMember | None
+    ) -> SweepRow:
         for placement in self._settings.placements:
             in_place = placement == "in_place"
             if in_place and not one.op.in_place:
@@ -166,25 +168,25 @@ class SweepRunner:
             if one.op.name == "barrier" and not in_place and "in_place" in self._settings.placements:
                 continue  # it has no buffers, and so one placement
             placed = replace(case, in_place=in_place)
-            transfer, refusal = self._allocate(placed, seat)
+            transfer, refusal = self._allocate(placed, member)
             if refusal:
                 return replace(row, note=refusal)
-            timing = self._timed(one, row.size, transfer, seat)
+            timing = self._timed(one, row.size, transfer, member)
             row = replace(row, in_place=timing) if in_place else replace(row, out_of_place=timing)
             del transfer
         return row
 
-    def _allocate(self, case: TransferCase, seat: Seat | None) -> tuple[Transfer | None, str]:
+    def _allocate(self, case: TransferCase, member: GroupMember | None) -> tuple[Transfer | None, str]:
         """The buffers, or why not all ranks have them."""
         transfer, refusal = None, ""
-        if seat is not None:
-            needed, usable = Transfer.bytes_needed(case, seat.size, case.dtype.itemsize), self._usable()
+        if member is not None:
+            needed, usable = Transfer.bytes_needed(case, member.size, case.dtype.itemsize), self._usable()
             refusal = self._too_large(needed, usable)
             if not refusal:
                 # Of two buffers each may take half. A CPU's benchmarks, OSU's among them, use the same memory again.
-                room = min(self._settings.max_size, usable // 2) if seat.device.type == "cuda" else 0
+                room = min(self._settings.max_size, usable // 2) if member.device.type == "cuda" else 0
                 try:
-                    transfer = Transfer(case, seat, room)
+                    transfer = Transfer(case, member, room)
                 # Torch's own out-of-memory errors are RuntimeErrors.
                 except (MemoryError, RuntimeError) as error:
                     first = (str(error).splitlines() or [type(error).__name__])[0]
@@ -211,12 +213,12 @@ class SweepRunner:
         return f"rank {self._team.rank.rank}: {needed / 2**30:.3g} GiB of buffers, {free / 2**30:.3g} GiB free for it"
 
     def _timed(
-        self, one: CaseSeries, size: int, transfer: Transfer | None, seat: Seat | None
+        self, one: CaseSeries, size: int, transfer: Transfer | None, member: GroupMember | None
     ) -> Timing | None:
         # A barrier waits on the host, which a graph can't hold.
         call = transfer.call if transfer is not None else None
         raw = self._bench.time(
-            call, seat.group if seat is not None else None, capturable=one.op.name != "barrier"
+            call, member.group if member is not None else None, capturable=one.op.name != "barrier"
         )
         wrong = self._check(one, transfer, raw) if self._settings.check else None
         if raw is None:

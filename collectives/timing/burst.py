@@ -49,7 +49,7 @@ class Burst:
             graph.replay()  # the first replay uploads the graph
         torch.cuda.synchronize(self._device)
 
-    def forget(self) -> None:
+    def launch_singly(self) -> None:
         """Launch the calls one by one, since another rank couldn't capture them."""
         self._graph = None
 

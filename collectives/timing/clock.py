@@ -120,7 +120,7 @@ def _durations(nanoseconds: list[float]) -> Stamps:
     return np.stack([np.zeros_like(ends), ends], axis=1)
 
 
-def choose(
+def make_clock(
     timer: Literal["auto", "host", "events", "graph"],
     device: torch.device,
     control: Callable[[], dist.ProcessGroup],
@@ -143,14 +143,14 @@ def host_offset(control: dist.ProcessGroup) -> int:
     offsets = torch.zeros(world, dtype=torch.int64)
     for leader in sorted({machines.index(machine) for machine in machines} - {0}):
         if rank == 0:
-            _answer(leader, control)
+            _answer_samples(leader, control)
         elif rank == leader:
-            offsets[leader] = _ask(control)
+            offsets[leader] = _sample_offset(control)
     dist.all_reduce(offsets, group=control)
     return int(offsets[machines.index(machines[rank])])
 
 
-def _ask(control: dist.ProcessGroup) -> int:
+def _sample_offset(control: dist.ProcessGroup) -> int:
     stamp, best, offset = torch.zeros(1, dtype=torch.int64), None, 0
     for _ in range(_EXCHANGES):
         begun = time.perf_counter_ns()
@@ -162,7 +162,7 @@ def _ask(control: dist.ProcessGroup) -> int:
     return offset
 
 
-def _answer(peer: int, control: dist.ProcessGroup) -> None:
+def _answer_samples(peer: int, control: dist.ProcessGroup) -> None:
     stamp = torch.zeros(1, dtype=torch.int64)
     for _ in range(_EXCHANGES):
         dist.recv(stamp, src=peer, group=control)

@@ -202,7 +202,7 @@ class MeasurementSetup:
                 failed = (str(error).splitlines() or [type(error).__name__])[0]
         failed = next((reason for reason in self.team.tree.all_gather(failed) if reason), "")
         if failed and burst is not None:
-            burst.forget()
+            burst.launch_singly()
             _LOG.warning("launched one by one, since a graph can't hold the call: %s", failed)
         return failed
 

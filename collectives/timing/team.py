@@ -1,4 +1,4 @@
-"""The ranks of a gang as they meet: device, process groups, and the few things that they tell each other."""
+"""The ranks of a gang: their devices, their rendezvous, process groups, and a description of each rank."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ import torch.distributed as dist
 
 from collectives.ops.groups import GroupPartition
 from collectives.ops.nccl import communicator
-from collectives.ops.transfers import Seat
+from collectives.ops.transfers import GroupMember
 from collectives.timing.clock import machine_id
-from collectives.timing.meeting import fresh
+from collectives.timing.rendezvous import fresh_store
 from collectives.timing.tree import ControlTree, GlooCarrier, levels
 from configs.errors import UserError
 from configs.library_environment import Applied, environment
@@ -34,7 +34,7 @@ _VIRTUAL = ("docker", "br-", "veth", "virbr", "cni", "flannel", "cali", "podman"
 
 
 class FabricLost(RuntimeError):
-    """Ranks stayed away, one died or the network failed in the middle; what is done is kept."""
+    """Ranks didn't arrive, one died, or the network failed; finished cases are kept."""
 
 
 def choose_device(config: RunConfig, rank: RankContext) -> torch.device:
@@ -68,14 +68,14 @@ def choose_device(config: RunConfig, rank: RankContext) -> torch.device:
     return device
 
 
-def meet(config: RunConfig, rank: RankContext, backend: str) -> tuple[Applied, dist.Store]:
-    """Set the network preset's variables and join the process group over which everything goes.
+def init_process_group(config: RunConfig, rank: RankContext, backend: str) -> tuple[Applied, dist.Store]:
+    """Set the network preset's variables, and join the default process group.
 
     Returns:
-        What became of the preset's variables, and the store that the ranks met at.
+        What became of the preset's variables, and the rendezvous store.
 
     Raises:
-        FabricLost: where the ranks didn't all come in time.
+        FabricLost: where ranks are missing at the rendezvous' timeout.
     """
     timeouts = config.resilience.timeouts
     kind = config.hardware.kind
@@ -85,7 +85,7 @@ def meet(config: RunConfig, rank: RankContext, backend: str) -> tuple[Applied, d
     meeting = timedelta(seconds=timeouts.seconds("rendezvous"))
     try:
         store, _, _ = next(dist.rendezvous("env://", rank.rank, rank.world, timeout=meeting))
-        store = fresh(store, rank.rank, rank.world, meeting)
+        store = fresh_store(store, rank.rank, rank.world, meeting)
     except dist.DistError as error:
         raise FabricLost(
             f"rank {rank.rank} of {rank.world} waited {meeting.total_seconds():.0f} s for the others at "
@@ -128,7 +128,7 @@ class Team:
     tree: ControlTree
     """All ranks: for decisions, times and texts."""
     members: list[dict[str, Any]]
-    """What each rank says of itself: host, pid, machine, device."""
+    """Each rank's description: host, pid, machine, device."""
     network: Applied
     """What became of the network preset's variables on this rank."""
     limit: timedelta
@@ -136,8 +136,8 @@ class Team:
     _groups: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = field(default_factory=dict)
 
     @classmethod
-    def meet(cls, config: RunConfig, rank: RankContext) -> Team:
-        """Meet the other ranks.
+    def join(cls, config: RunConfig, rank: RankContext) -> Team:
+        """Join the other ranks.
 
         Raises:
             UserError: for a single rank, or a backend that isn't there.
@@ -151,12 +151,12 @@ class Team:
         device = choose_device(config, rank)
         torch.set_num_threads(threads(os.environ))
         backend = choose_backend(config, device)
-        applied, store = meet(config, rank, backend)
+        applied, store = init_process_group(config, rank, backend)
         limit = timedelta(seconds=config.resilience.timeouts.seconds("collective"))
         groups = levels(rank.rank, rank.world)
         everyone = dist.group.WORLD if backend == "gloo" else None
         tree = ControlTree(rank.rank, groups, GlooCarrier(rank.rank, groups, store, limit, everyone))
-        return cls(rank, device, backend, tree, tree.all_gather(_self(rank, device)), applied, limit)
+        return cls(rank, device, backend, tree, tree.all_gather(_describe_rank(rank, device)), applied, limit)
 
     @cached_property
     def control(self) -> dist.ProcessGroup:
@@ -181,7 +181,7 @@ class Team:
         """All ranks share a kernel, and so a clock."""
         return len({member["machine"] for member in self.members}) == 1
 
-    def seat(self, partition: GroupPartition) -> Seat | None:
+    def membership(self, partition: GroupPartition) -> GroupMember | None:
         """This rank's place in its group; None where it is idle. Makes the groups the first time, so all ranks call it."""
         if partition.groups not in self._groups:
             mine = None
@@ -199,10 +199,12 @@ class Team:
         if group is None:
             return None
         ranks = next(ranks for ranks in partition.groups if self.rank.rank in ranks)
-        return Seat(group, ranks, ranks.index(self.rank.rank), self.device, communicator(group, self.device))
+        return GroupMember(
+            group, ranks, ranks.index(self.rank.rank), self.device, communicator(group, self.device)
+        )
 
 
-def _self(rank: RankContext, device: torch.device) -> dict[str, Any]:
+def _describe_rank(rank: RankContext, device: torch.device) -> dict[str, Any]:
     memory = psutil.virtual_memory().total
     about = {
         "rank": rank.rank, "pid": os.getpid(), "hostname": platform.node(), "address": address_of(rank.master_addr),

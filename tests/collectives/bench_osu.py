@@ -75,7 +75,7 @@ def sweep(rank: RankContext, folder: Path) -> list[SweepRow]:
     """This suite's rows, on rank 0."""
     config = compose(list(WORDS))
     layout = dict.fromkeys(("pp", "dp", "cp", "ep", "etp", "tp"), 1)
-    return measure(Team.meet(config, rank), config, layout, folder)
+    return measure(Team.join(config, rank), config, layout, folder)
 
 
 def main(arguments: list[str]) -> None:

@@ -86,8 +86,8 @@ def measure(rank: RankContext, share: float, handicap: float) -> list[np.ndarray
     """Microseconds [pair, bare and suite] of each case; the suite's are rank 0's alone to know."""
     with contextlib.suppress(PermissionError):  # not root: what else runs is in the times of both
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
-    team = Team.meet(quick(), rank)
-    seat = team.seat(GroupPartition("world", (tuple(range(rank.world)),)))
+    team = Team.join(quick(), rank)
+    seat = team.membership(GroupPartition("world", (tuple(range(rank.world)),)))
     assert seat is not None
     rng, found = np.random.default_rng(1), []  # the same order on all ranks
     for op, size, seconds in CASES:
@@ -99,7 +99,7 @@ def measure(rank: RankContext, share: float, handicap: float) -> list[np.ndarray
         calls = team.tree.broadcast_int(max(FEWEST, int(BLOCK_SECONDS * 1e6 / loop(FEWEST))))
         words = [f"collectives.{end}_iterations={calls}" for end in ("max", "min")]
         bench = MeasurementSetup(
-            team, clock.choose("host", team.device, lambda: team.control), quick(*words).collectives, idle
+            team, clock.make_clock("host", team.device, lambda: team.control), quick(*words).collectives, idle
         )
         pairs, until = [], time.monotonic() + seconds * share
         while team.tree.broadcast_int(time.monotonic() < until):

@@ -71,14 +71,14 @@ def recorded(
         own = np.concatenate(
             [draw.lognormal(-2.3, 0.03, (world, 2)), draw.lognormal(-6.2, 0.03, (world, 5))], axis=1
         )
-        record.own_speed(record.ranks, own)
-        for meetings in schedule(lanes):
+        record.add_compute_times(record.ranks, own)
+        for pairings in schedule(lanes):
             times = MESSAGE / RATE / 1e9 * draw.lognormal(0, 0.02, (world, 11))
             times[draw.random(times.shape) < 0.01] *= 3
-            for m in meetings:
+            for m in pairings:
                 if slow_rank in (m.a, m.b) or slow_pair == (m.a, m.b):
                     times[[m.a, m.b]] *= 4
-                record.meeting(m, times, alone=False)
+                record.add_messages(m, times, alone=False)
     return record
 
 
@@ -151,7 +151,7 @@ def stored(folder: Path, world: int, share: float) -> tuple[int, float, Heartbea
     total = sum(kinds.values())
     size = store.rows.stat().st_size * total / written
     beats = Heartbeats()
-    stream.write(store, beats.beat)
+    stream.write_tables(store, beats.beat)
     beats.beat()
     return total, size, beats, written
 

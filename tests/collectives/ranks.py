@@ -60,7 +60,7 @@ def measure(team: Team, config: RunConfig, layout: dict[str, int], folder: Path)
     rank = RankContext(**vars(team.rank) | {"run": RunPaths(folder)})
     with contextlib.redirect_stdout(io.StringIO()):
         journal = Journal(rank)
-    ticks = clock.choose("host", team.device, lambda: team.control)
+    ticks = clock.make_clock("host", team.device, lambda: team.control)
     sweep = SweepRunner(MeasurementSetup(team, ticks, config.collectives, journal.alive), journal, layout)
     if team.rank.rank == 0:
         world = GroupPartition("world", (tuple(range(team.rank.world)),))

@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from collectives import cli, commands, launch
-from collectives.launch import Launched, launched
+from collectives.launch import LauncherEnvironment, detect_launcher
 from collectives.store.results import ResultStore, SweepRow
 from configs.compose import compose
 from configs.errors import UserError
@@ -151,19 +151,24 @@ def test_launchers_variables_become_torchruns() -> None:
     mpi = {f"OMPI_COMM_WORLD_{name}": value for name, value in
            (("RANK", "3"), ("SIZE", "8"), ("LOCAL_RANK", "1"), ("LOCAL_SIZE", "2"))}  # fmt: skip
     mpich = {"PMI_RANK": "3", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
-    assert [launched(env | master) for env in (slurm, mpi, mpich)] == [
-        Launched(name, torchrun) for name in ("srun", "Open MPI", "MPICH")
+    assert [detect_launcher(env | master) for env in (slurm, mpi, mpich)] == [
+        LauncherEnvironment(name, torchrun) for name in ("srun", "Open MPI", "MPICH")
     ]
-    assert launched(torchrun | master) == Launched("", {})
-    assert launched(torchrun | master | {"TORCHELASTIC_RUN_ID": "none"}) == Launched("torchrun", {})
-    assert launched({}) is launched(slurm | {"SLURM_STEP_NUM_TASKS": "1"}) is None
-    assert launched(batch) is launched(batch | master) is None  # a batch script, which no srun started
-    hands_on = [Launched(name, {}).keeps_codes for name in ("", "srun", "torchrun", "Open MPI", "MPICH")]
+    assert detect_launcher(torchrun | master) == LauncherEnvironment("", {})
+    assert detect_launcher(torchrun | master | {"TORCHELASTIC_RUN_ID": "none"}) == LauncherEnvironment(
+        "torchrun", {}
+    )
+    assert detect_launcher({}) is detect_launcher(slurm | {"SLURM_STEP_NUM_TASKS": "1"}) is None
+    # A batch script, which no srun started.
+    assert detect_launcher(batch) is detect_launcher(batch | master) is None
+    hands_on = [
+        LauncherEnvironment(name, {}).keeps_codes for name in ("", "srun", "torchrun", "Open MPI", "MPICH")
+    ]
     assert hands_on == [True, True, False, False, False]
     with pytest.raises(
         UserError, match="SLURM_PROCID=3 is set, MASTER_ADDR, MASTER_PORT not; export MASTER_ADDR="
     ):
-        launched(slurm)
+        detect_launcher(slurm)
 
 
 @pytest.mark.unit
@@ -357,15 +362,15 @@ def test_a_full_disk_is_one_line_and_hides_not_why_ranks_ended(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", filename)
 
-    monkeypatch.setattr(commands, "find", full)
+    monkeypatch.setattr(commands, "open_measurement", full)
     assert cli.main(["report", str(tmp_path)]) == 1
     told = one_line(capsys.readouterr().err)
     assert (filename or "a file of the measurement") in told and "No space left on device" in told
-    assert launch.FREE_IT in told
+    assert launch.DISK_ADVICE in told
     store = mock.Mock(folder=tmp_path)
     store.finished.return_value = [mock.Mock(timings=[1])] * 3
-    monkeypatch.setattr(cli.stream, "write", full)
-    assert cli._keep(store) == (
+    monkeypatch.setattr(cli.stream, "write_tables", full)
+    assert cli._write_finished_rows(store) == (
         f"3 rows are kept in {tmp_path}, without tables (No space left on device), and the same command with this --out "
         "continues after them"
     )

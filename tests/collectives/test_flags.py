@@ -27,7 +27,7 @@ THEIRS = {
 """As release 2.19.6 declares them."""
 
 
-def typed(words: str) -> flags.Typed:
+def typed(words: str) -> flags.ParsedFlags:
     return flags.read(cli.parse(["run", *shlex.split(words)]), {})
 
 

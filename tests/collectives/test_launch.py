@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from collectives import launch
-from collectives.launch import LocalRanks, launched
+from collectives.launch import LocalRanks, detect_launcher
 from configs.paths import RunPaths
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(60)]
@@ -81,7 +81,7 @@ def test_a_disk_that_is_full_is_named_where_it_has_swallowed_the_log(
     folder = tmp_path / "attempts" / "001" / "ranks"
     assert code == 1
     assert words == (
-        f"rank 0: it ended with exit code 1; {folder} takes nothing more (No space left on device); {launch.FREE_IT}"
+        f"rank 0: it ended with exit code 1; {folder} takes nothing more (No space left on device); {launch.DISK_ADVICE}"
     )
     monkeypatch.undo()
     assert verdict(tmp_path, "sys.exit(1)", "sys.exit(0)")[1].endswith(
@@ -102,7 +102,7 @@ def test_inside_slurm_mpiruns_ranks_are_not_those_of_its_daemons() -> None:
     }
     mpich = {"PMI_RANK": "11", "PMI_SIZE": "16", "MPI_LOCALRANKID": "3", "MPI_LOCALNRANKS": "8"}
     ranks = {"RANK": "11", "WORLD_SIZE": "16", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8"}
-    assert launched(daemon | mpich | master) == launch.Launched("MPICH", ranks)
+    assert detect_launcher(daemon | mpich | master) == launch.LauncherEnvironment("MPICH", ranks)
     task = {
         "SLURM_PROCID": "11",
         "SLURM_STEP_NUM_TASKS": "16",
@@ -110,4 +110,4 @@ def test_inside_slurm_mpiruns_ranks_are_not_those_of_its_daemons() -> None:
         "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
     }
     pmi = {"PMI_RANK": "11", "PMI_SIZE": "16"}  # of srun --mpi=pmi2
-    assert launched(task | pmi | master) == launch.Launched("srun", ranks)
+    assert detect_launcher(task | pmi | master) == launch.LauncherEnvironment("srun", ranks)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from collectives.timing.team import meet
+from collectives.timing.team import init_process_group
 from configs.library_environment import Applied
 from configs.rank import RankContext
 from configs.schema import ParallelConfig, RunConfig
@@ -211,7 +211,7 @@ class Mesh:
 def join(config: RunConfig, rank: RankContext, device: torch.device) -> Mesh:
     """Join the process group and build the mesh."""
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    network, _ = meet(config, rank, backend)
+    network, _ = init_process_group(config, rank, backend)
     control = dist.new_group(backend="gloo", timeout=collective_timeout(config), group_desc="control")
     # Of rank 0 for all: ranks that thought otherwise would lend otherwise.
     node = torch.tensor([rank.local_world])

@@ -24,7 +24,7 @@ from collectives.device.kernels import (
     table,
 )
 from collectives.device.profile import ROUNDS, DeviceBench, grouped_kernel, measure
-from collectives.device.smi import parse, reading
+from collectives.device.smi import parse, read_sensors
 from collectives.timing.team import choose_device
 from configs.compose import compose
 from configs.errors import UserError
@@ -173,7 +173,7 @@ def test_grouped_products_are_right_and_the_operands_outgrow_the_caches(
 @pytest.mark.unit
 def test_noise_is_normal_and_never_the_same_twice() -> None:
     bench = DeviceBench(CPU, 1, 0)
-    one, other = (bench.noise(3, 1 << 21, dtype=torch.float) for _ in range(2))
+    one, other = (bench.random_normal(3, 1 << 21, dtype=torch.float) for _ in range(2))
     assert abs(float(one.mean())) < 0.01 and float(one.std()) == pytest.approx(1, abs=0.01)
     assert abs(float((one * other).mean())) < 0.01
 
@@ -284,7 +284,7 @@ def test_an_interrupt_keeps_what_is_measured(monkeypatch: pytest.MonkeyPatch) ->
     def at_once(*case: object) -> np.ndarray:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(DeviceBench, "visit", at_once)
+    monkeypatch.setattr(DeviceBench, "measure_case", at_once)
     with pytest.raises(KeyboardInterrupt):
         measure(config_of(), CPU, 0.05, lambda line: None)
 
@@ -357,7 +357,7 @@ def test_the_drivers_tools_are_read_and_may_be_missing() -> None:
     )
     assert parse("nvidia-smi", "No devices were found\n") == {}
     assert parse("amd-smi", '[{"gpu": 0}]') == {"amd-smi": [{"gpu": 0}]} and parse("amd-smi", "ERROR") == {}
-    assert reading(CPU, lambda: None, lambda: None) == {}
+    assert read_sensors(CPU, lambda: None, lambda: None) == {}
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from collectives.ops.exact import TYPES, fill, mismatches, reduced, sent
+from collectives.ops.exact import TYPES, expected_reduced, expected_sent, fill, mismatches
 from collectives.ops.operations import WIDTHS
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
@@ -38,7 +38,7 @@ MANY = [("int8", "sum", 300), ("bfloat16", "sum", 300), ("bfloat16", "avg", 512)
 )
 def test_the_type_holds_every_value_and_every_partial_reduction(name: str, redop: str, ranks: int) -> None:
     dtype, target = TYPES[name], 1
-    parts = [sent(source, target, dtype, ranks, redop, CPU) for source in range(ranks)]
+    parts = [expected_sent(source, target, dtype, ranks, redop, CPU) for source in range(ranks)]
     partial = parts[0].to(torch.int64)
     combine = {
         "sum": torch.add, "avg": torch.add, "prod": torch.mul, "max": torch.maximum, "min": torch.minimum,
@@ -49,15 +49,18 @@ def test_the_type_holds_every_value_and_every_partial_reduction(name: str, redop
         partial = combine(partial, part)
     # Values are not below 0 and reductions to part of the ranks not above that to all of them (min: not above a value).
     assert torch.equal(partial.to(dtype).to(torch.int64), partial)
-    whole = reduced(dtype, ranks, redop, target, CPU)
+    whole = expected_reduced(dtype, ranks, redop, target, CPU)
     assert torch.equal(whole.to(dtype).double(), whole.double())
     assert torch.equal(whole.double() * (ranks if redop == "avg" else 1), partial.double())
 
 
 def test_a_part_of_another_rank_or_for_another_or_shifted_differs_nearly_everywhere() -> None:
-    mine = sent(3, 2, torch.float, 8, "none", CPU)
+    mine = expected_sent(3, 2, torch.float, 8, "none", CPU)
     others = [
-        sent(s, t, torch.float, 8, "none", CPU) for s in range(8) for t in range(8) if (s == 3) != (t == 2)
+        expected_sent(s, t, torch.float, 8, "none", CPU)
+        for s in range(8)
+        for t in range(8)
+        if (s == 3) != (t == 2)
     ]
     shifted = [mine.roll(1 << places) for places in range(16)]
     assert max(float((mine == other).float().mean()) for other in others + shifted) < 0.05
@@ -66,7 +69,7 @@ def test_a_part_of_another_rank_or_for_another_or_shifted_differs_nearly_everywh
 def test_no_tile_is_what_an_unwritten_buffer_holds() -> None:
     """Neither zeros, as allocated, nor ones, as the check writes before the call."""
     for source, target in product(range(8), range(8)):
-        tile = sent(source, target, torch.float, 8, "none", CPU)
+        tile = expected_sent(source, target, torch.float, 8, "none", CPU)
         assert (tile == 0).float().mean() < 0.05
         assert (tile == 1).float().mean() < 0.05
 
@@ -74,7 +77,7 @@ def test_no_tile_is_what_an_unwritten_buffer_holds() -> None:
 @pytest.mark.parametrize("length", [0, 1, 7, PERIOD - 1, PERIOD, PERIOD + 1, 3 * PERIOD + 5])
 @pytest.mark.parametrize("name", ["int8", "bfloat16", "double"])
 def test_every_wrong_element_is_counted_once(length: int, name: str) -> None:
-    tile = sent(1, 2, TYPES[name], 4, "none", CPU)
+    tile = expected_sent(1, 2, TYPES[name], 4, "none", CPU)
     buffer = torch.zeros(length, dtype=TYPES[name])
     fill(buffer, tile)
     assert mismatches(buffer, tile) == 0

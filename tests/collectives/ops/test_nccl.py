@@ -121,7 +121,7 @@ def test_groups_of_other_backends_and_devices_go_through_torch(monkeypatch: pyte
     assert nccl.communicator(cast(Any, LazyGroup("nccl")), GPU) is None
 
 
-def test_a_seat_has_its_groups_communicator_and_an_idle_rank_asks_for_none(
+def test_a_member_has_its_groups_communicator_and_an_idle_rank_asks_for_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked_of: list[tuple[Any, torch.device]] = []
@@ -129,13 +129,13 @@ def test_a_seat_has_its_groups_communicator_and_an_idle_rank_asks_for_none(
         team, "communicator", lambda group, device: asked_of.append((group, device)) or "a communicator"
     )
     partition = GroupPartition("pairs1", ((0, 3), (1, 2)))
-    seats = []
+    members = []
     for group in ("the second pair's", None):
         one = object.__new__(Team)
         one.rank, one.device = cast(Any, SimpleNamespace(rank=2, world=5)), GPU
         one._groups = {partition.groups: cast(Any, group)}
-        seats.append(one.seat(partition))
-    first, idle = seats
+        members.append(one.membership(partition))
+    first, idle = members
     assert first is not None and (first.ranks, first.index) == ((1, 2), 1)
     assert first.communicator == "a communicator" and idle is None
     assert asked_of == [("the second pair's", GPU)]

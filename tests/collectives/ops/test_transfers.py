@@ -15,7 +15,7 @@ from torch import Tensor
 
 from collectives.ops import nccl
 from collectives.ops.operations import OPERATIONS
-from collectives.ops.transfers import MESSAGES, Seat, Transfer, TransferCase, matrix_of
+from collectives.ops.transfers import MESSAGES, GroupMember, Transfer, TransferCase, matrix_of
 from tests.conftest import must_not_raise
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(60)]
@@ -29,7 +29,7 @@ def ranks_of(op: str, ranks: int, root: int, in_place: bool) -> list[Transfer]:
     case = TransferCase(op, 12, torch.float, "none", root, in_place, matrix)
     places = tuple(range(100, 100 + ranks))
     group = cast(dist.ProcessGroup, None)  # nothing is called
-    every = [Transfer(case, Seat(group, places, index, CPU)) for index in range(ranks)]
+    every = [Transfer(case, GroupMember(group, places, index, CPU)) for index in range(ranks)]
     for one in every:
         one._receive.fill_(1)
         one._prepare()
@@ -70,9 +70,9 @@ def test_each_message_has_its_receiver_and_all_that_arrives_is_right(
 def test_in_place_a_ranks_own_part_lies_at_its_place_in_the_whole(op: str) -> None:
     """Elsewhere NCCL would copy it, onto memory that others write."""
     group = cast(dist.ProcessGroup, None)
-    seat = Seat(group, (100, 101, 102), 2, CPU)
+    member = GroupMember(group, (100, 101, 102), 2, CPU)
     for root in (2, 1) if OPERATIONS[op].rooted else (-1,):
-        one = Transfer(TransferCase(op, 12, torch.float, "sum", root, True), seat)
+        one = Transfer(TransferCase(op, 12, torch.float, "sum", root, True), member)
         whole, own = (one._receive, one._send) if "gather" in op else (one._send, one._receive)
         if not one.is_root:  # it has its own part alone
             assert (len(whole), len(own)) == (0, 12)
@@ -96,7 +96,7 @@ def test_calls_in_a_row_move_memory_of_their_own(
     monkeypatch.setattr(Transfer, f"_{op}", make)
     group = cast(dist.ProcessGroup, None)
     case = TransferCase(op, 12, torch.float, "none", 0, in_place, matrix_of(op, 12, torch.float, 4, 1.0), 3)
-    one = Transfer(case, Seat(group, (0, 1, 2, 3), 1, CPU), room=1000)
+    one = Transfer(case, GroupMember(group, (0, 1, 2, 3), 1, CPU), room=1000)
     each = max(len(turns[0][0]), len(turns[0][1]))
     assert len(turns) == 1000 // (4 * each) > 1
     for number, (send, receive) in enumerate(turns):
@@ -109,9 +109,9 @@ def test_calls_in_a_row_move_memory_of_their_own(
         one.call()
     assert called == [*range(len(turns))] * 2
     turns.clear()
-    assert Transfer(case, Seat(group, (0, 1, 2, 3), 1, CPU)) and len(turns) == 1
+    assert Transfer(case, GroupMember(group, (0, 1, 2, 3), 1, CPU)) and len(turns) == 1
     turns.clear()
-    assert Transfer(case, Seat(group, (0, 1, 2, 3), 1, CPU), room=1 << 20) and len(turns) == 128
+    assert Transfer(case, GroupMember(group, (0, 1, 2, 3), 1, CPU), room=1 << 20) and len(turns) == 128
 
 
 class CalledLibrary:
@@ -198,8 +198,8 @@ def test_a_broadcast_has_a_buffer_to_send_from_and_one_to_receive_in(monkeypatch
     recorder = CalledLibrary()
     group = cast(dist.ProcessGroup, None)
     for index, in_place in product((1, 2), (False, True)):  # the second is the root
-        seat = Seat(group, (4, 5, 6), index, CPU, nccl.Communicator(cast(ctypes.CDLL, recorder), 99))
-        one = Transfer(TransferCase("broadcast", 12, torch.float, "none", 2, in_place), seat)
+        member = GroupMember(group, (4, 5, 6), index, CPU, nccl.Communicator(cast(ctypes.CDLL, recorder), 99))
+        one = Transfer(TransferCase("broadcast", 12, torch.float, "none", 2, in_place), member)
         one.call()
         sent, received = one._send.data_ptr(), one._receive.data_ptr()
         assert recorder.calls.pop() == ("ncclBroadcast", sent, received, 48, 1, 2, 99, 77)
@@ -217,7 +217,7 @@ def test_what_an_earlier_call_left_there_is_wrong_where_a_call_moves_nothing(
         Transfer, "_all_gather", lambda _, send, receive: lambda: receive.copy_(send) if works else None
     )
     case = TransferCase("all_gather", 12, torch.float, "none", -1, False)
-    one = Transfer(case, Seat(cast(dist.ProcessGroup, None), (0,), 0, CPU))
+    one = Transfer(case, GroupMember(cast(dist.ProcessGroup, None), (0,), 0, CPU))
     assert one.check() == 0
     works.clear()
     assert one.check() == 12

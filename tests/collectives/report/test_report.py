@@ -12,7 +12,7 @@ import pytest
 
 from collectives.report.lateness import lateness
 from collectives.report.number import number
-from collectives.report.plots import Material, Missing, Plot, draw
+from collectives.report.plots import MissingPlot, Plot, ReportData, draw
 from collectives.report.write import FittedCurve, write
 from collectives.store.results import Metadata, Results, ResultStore, SweepRow, Timing
 from collectives.store.series import Baseline, series
@@ -126,8 +126,8 @@ class HtmlPage(HTMLParser):
         self.text += data
 
 
-def reasons(material: Material) -> dict[str, str]:
-    return {plot.title: plot.why for plot in draw(material) if isinstance(plot, Missing)}
+def reasons(report: ReportData) -> dict[str, str]:
+    return {plot.title: plot.why for plot in draw(report) if isinstance(plot, MissingPlot)}
 
 
 def test_everything_is_drawn_and_embedded(tmp_path):
@@ -205,7 +205,7 @@ def test_fits_and_baselines_that_dont_meet_the_rows(tmp_path):
         "all_reduce", "world", "float", "sum", [1 << 40, 1 << 41], [1, 2], [1, 2], [1, 2], "far", ""
     )
     other = Results(results.metadata, tuple(r for r in results.rows if r.op == "barrier"))
-    found = reasons(Material(results, fits=[far], baseline=other))
+    found = reasons(ReportData(results, fits=[far], baseline=other))
     assert found["Fit residuals, group world"] == "no measured size lies within those of a fit"
     assert "shares no operation" in found["Against the baseline"]
 
@@ -276,7 +276,7 @@ def test_lines_are_bounded_and_the_rest_is_counted(tmp_path):
     lines, left = series(rows, "world")
     assert [line.label for line in lines] == [f"all_reduce {kind} sum" for kind in kinds[:4]]
     assert left == 2
-    plot = next(draw(Material(Results(metadata(), tuple(rows)))))
+    plot = next(draw(ReportData(Results(metadata(), tuple(rows)))))
     assert isinstance(plot, Plot)
     assert plot.details == ("2 other types, reductions or roots are in the tables alone.",)
 
@@ -304,14 +304,16 @@ def test_a_rank_that_was_idle_is_not_late():
     pair = timing(64, 50.0, 1.0)
     idle = replace(pair, rank_times_us=((0.1,) * 20, *pair.rank_times_us[:2]))
     rows = (row("all_reduce", 64, 50.0, group="pairs1", ranks=2, in_place=idle),)
-    (plot,) = [p for p in draw(Material(Results(meta, rows))) if p.title.startswith("Lateness")]
+    (plot,) = [p for p in draw(ReportData(Results(meta, rows))) if p.title.startswith("Lateness")]
     shares = plot.figure.axes[0].images[0].get_array()[:, 0]
     assert shares.mask.tolist() == [True, False, False] and shares[1:].tolist() == pytest.approx([0, 0])
 
 
 def test_the_darkest_cell_of_the_map_of_ranks_is_the_late_rank():
     rows = [row(op, 64, 50.0, in_place=timing(64, 50.0, 1.5, late=1)) for op in ("all_reduce", "broadcast")]
-    (plot,) = [p for p in draw(Material(Results(metadata(), tuple(rows)))) if p.title.startswith("Lateness")]
+    (plot,) = [
+        p for p in draw(ReportData(Results(metadata(), tuple(rows)))) if p.title.startswith("Lateness")
+    ]
     assert isinstance(plot, Plot)
     (image,) = plot.figure.axes[0].images
     colours = image.cmap(image.norm(image.get_array()))[:, 0, :3].sum(axis=1)
@@ -338,7 +340,9 @@ def test_residuals_are_of_medians_and_of_the_same_type_and_reduction():
         rows.append(row("all_reduce", size, 5 * us, redop="sum", dtype="half"))
         rows.append(row("all_reduce", size, 5 * us, redop="max"))
     (plot,) = [
-        p for p in draw(Material(Results(metadata(), tuple(rows)), fits=[curve])) if p.title.startswith("Fit")
+        p
+        for p in draw(ReportData(Results(metadata(), tuple(rows)), fits=[curve]))
+        if p.title.startswith("Fit")
     ]
     assert isinstance(plot, Plot)
     assert f"{len(SIZES)} of {len(SIZES)} points within the interval" in plot.details[0]
@@ -366,7 +370,7 @@ def test_a_page_of_a_study_says_what_it_probed(tmp_path):
     assert "Not drawn" not in text and "Tables" not in text
     store.begin(replace(metadata(), settings={"collectives": {"study": "moe"}, "ranks": RANKS, "layout": {}}))
     layer = {"routing": "zipf", "imbalance": 1.5, "bytes": 4096, "dispatch_us": 12.5, "hidden": None}
-    store.keep("moe", [layer])
+    store.write_json("moe", [layer])
     words = "".join(HtmlPage(write(store)[-1]).text.split())
     assert "expert-paralleltraffic" in words and "zipf1.500409612.50" in words
 

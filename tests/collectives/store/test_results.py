@@ -111,7 +111,7 @@ def stored(folder: Path, *rows: SweepRow, **settings: Any) -> ResultStore:
 
 def written(store: ResultStore, name: str = "all_reduce.world") -> dict[str, Any]:
     store.end("2026-01-02 03:05:06")
-    stream.write(store, lambda: None)
+    stream.write_tables(store, lambda: None)
     found = json.loads((store.folder / f"{name}.json").read_text())
     assert isinstance(found, dict)
     return found
@@ -131,7 +131,7 @@ def test_the_json_has_nccl_tests_schema(tmp_path: Path) -> None:
 
 def test_a_step_in_bytes_and_an_unfinished_measurement(tmp_path: Path) -> None:
     store = stored(tmp_path, row(), step_size=64, sync="barrier", timer="graph")
-    stream.write(store, lambda: None)
+    stream.write_tables(store, lambda: None)
     tree = json.loads((tmp_path / "all_reduce.world.json").read_text())
     assert tree["config"]["step_bytes"] == 64
     assert "step_factor" not in tree["config"]
@@ -173,7 +173,7 @@ def test_the_csv_has_a_line_for_each_placement(tmp_path: Path) -> None:
         row(op="all_to_all", in_place=None),
         row(size=1 << 40, out_of_place=None, in_place=None, note="n"),
     )
-    stream.write(store, lambda: None)
+    stream.write_tables(store, lambda: None)
     lines = (tmp_path / "results.csv").read_text().splitlines()
     head = [line for line in lines if line.startswith("# ")]
     assert [line.split(":")[0][2:] for line in head] == [

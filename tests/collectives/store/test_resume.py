@@ -104,9 +104,9 @@ def begun(tmp_path: Path, ended: str | None = None, **changes: Any) -> ResultSto
 
 
 def make_way(store: ResultStore, attempt: int, **changes: Any) -> None:
-    from collectives.studies.program import _make_way  # loads torch
+    from collectives.studies.program import _prepare_folder  # loads torch
 
-    _make_way(cast(Any, SimpleNamespace(store=store)), about(**changes), attempt)
+    _prepare_folder(cast(Any, SimpleNamespace(store=store)), about(**changes), attempt)
 
 
 def test_another_measurement_and_a_finished_one_are_refused(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_flags_beside_a_configuration_file_count(tmp_path: Path, monkeypatch: py
         )
     )
     seen: list[Any] = []
-    monkeypatch.setattr(cli, "_run_here", lambda config, ranks, folder: seen.append((config, ranks)) or 0)
+    monkeypatch.setattr(cli, "_run_locally", lambda config, ranks, folder: seen.append((config, ranks)) or 0)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RANK", raising=False)
     assert (
@@ -226,10 +226,10 @@ def test_compare_gives_what_a_measurement_found_itself_and_exit_code_3(
 ) -> None:
     study = settings_of(USUAL.collectives) | {"study": "faults"}
     store = begun(tmp_path, settings__collectives=study)
-    store.keep("findings", [FOUND.to_json()])
+    store.write_json("findings", [FOUND.to_json()])
     assert cli.main(["compare", str(tmp_path)]) == 3
     assert capsys.readouterr().out == f"{FOUND}\n"
-    store.keep("findings", [])
+    store.write_json("findings", [])
     assert cli.main(["compare", str(tmp_path)]) == 0
 
 

@@ -33,7 +33,7 @@ def rank_zero(folder: Path, attempt: int = 1) -> RankContext:
 
 HOLD = (
     "import sys; from pathlib import Path; from collectives.store.results import ResultStore; "
-    "file = ResultStore(Path(sys.argv[1])).hold(); print('held', flush=True); sys.stdin.read()"
+    "file = ResultStore(Path(sys.argv[1])).lock(); print('held', flush=True); sys.stdin.read()"
 )
 
 
@@ -64,7 +64,7 @@ def test_a_second_writer_is_refused_until_the_first_is_gone(
         assert len(Journal(rank_zero(tmp_path, attempt=2)).begin(metadata())) == 1
         other.kill()
         other.wait()
-        store.hold().close()
+        store.lock().close()
 
 
 def test_of_two_commands_that_begin_at_once_one_writes_the_configuration(
@@ -113,7 +113,7 @@ def test_a_file_system_without_locks_is_measured_into(
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", unknown)
-    stored(tmp_path, row()).hold().close()
+    stored(tmp_path, row()).lock().close()
 
 
 def test_a_folder_that_no_rank_may_write_is_reported_by_rank_zero(tmp_path: Path) -> None:
@@ -129,16 +129,16 @@ def test_a_measurement_is_whole_when_its_files_are(tmp_path: Path, monkeypatch: 
     whole = Journal(rank_zero(tmp_path))
     whole.begin(metadata())
     whole.row(row())
-    written = stream.write
+    written = stream.write_tables
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(journal.stream, "write", full)
+    monkeypatch.setattr(journal.stream, "write_tables", full)
     with pytest.raises(OSError, match="No space left"):
         whole.end()
     assert whole.store.read().ended is None
-    monkeypatch.setattr(journal.stream, "write", written)
+    monkeypatch.setattr(journal.stream, "write_tables", written)
     whole.end()
     tree = json.loads((whole.store.folder / "all_reduce.world.json").read_text())
     assert tree["end_time"] == whole.store.read().ended != None  # noqa: E711 (mypy doesn't narrow a chain)
@@ -147,7 +147,7 @@ def test_a_measurement_is_whole_when_its_files_are(tmp_path: Path, monkeypatch: 
 def test_a_split_with_a_slash_has_a_file(tmp_path: Path) -> None:
     """`NCCL_TESTS_SPLIT=/2` measured everything, and then failed for want of a folder `all_reduce.`."""
     store = stored(tmp_path, row(group="/2"))
-    assert [path.name for path in stream.write(store, lambda: None)] == [
+    assert [path.name for path in stream.write_tables(store, lambda: None)] == [
         "all_reduce.DIV2.json",
         "results.csv",
     ]
@@ -194,7 +194,7 @@ def test_a_damaged_row_is_named(damage: str, tmp_path: Path, capsys: pytest.Capt
         err = capsys.readouterr().err
         assert re.fullmatch(rf"megaray: line 2 of {store.rows} is damaged \(.*\n", err), err
     with pytest.raises(UserError, match=f"line 2 of {store.rows} is damaged"):
-        stream.write(store, lambda: None)
+        stream.write_tables(store, lambda: None)
 
 
 @pytest.mark.parametrize("name", ["findings", "comparison", "probes", "moe"])
@@ -245,7 +245,7 @@ def test_a_folder_in_a_files_place_is_named(tmp_path: Path, capsys: pytest.Captu
 
 def test_two_starts_of_one_moment_have_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both took the name of the second in which they began, and measured into one folder."""
-    looked, taken = cli._unused, list[Path]()
+    looked, taken = cli._unused_folder, list[Path]()
 
     def unused(folder: Path) -> Path:
         free = looked(folder)
@@ -254,12 +254,12 @@ def test_two_starts_of_one_moment_have_a_folder_each(tmp_path: Path, monkeypatch
             free.mkdir()  # by the other command, after this one looked
         return free
 
-    monkeypatch.setattr(cli, "_unused", unused)
-    assert cli._made(tmp_path / "collectives-1").name == "collectives-1_2"
+    monkeypatch.setattr(cli, "_unused_folder", unused)
+    assert cli._make_new_folder(tmp_path / "collectives-1").name == "collectives-1_2"
     assert [path.name for path in taken] == ["collectives-1"]
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="can't be written .Not a directory.; name a folder with --out"):
-        cli._made(tmp_path / "file" / "collectives-1")
+        cli._make_new_folder(tmp_path / "file" / "collectives-1")
 
 
 def test_logs_that_cannot_be_written_are_reported_in_one_line(

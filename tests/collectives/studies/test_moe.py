@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from collectives.ops.groups import AXES
-from collectives.studies.moe import Layer, Moe
+from collectives.studies.moe import Layer, MoeStudy
 from collectives.timing.measure import Raw
 from configs.compose import compose
 
@@ -26,7 +26,7 @@ class Bench:
     def __init__(self, *tables: list[list[float]]) -> None:
         self.team = SimpleNamespace(
             nodes=[0] * 4,
-            seat=lambda _: None,
+            membership=lambda _: None,
             rank=SimpleNamespace(rank=0),
             device=SimpleNamespace(type="cpu"),
         )
@@ -49,10 +49,10 @@ CONFIG = compose(
 def layer(*tables: list[list[float]]) -> Layer:
     layers = list[dict[str, Any]]()
     journal = SimpleNamespace(
-        note=lambda _: None, step=lambda _, tree, __: layers.append(tree), store=SimpleNamespace(keep=lambda *_: None)
+        note=lambda _: None, step=lambda _, tree, __: layers.append(tree), store=SimpleNamespace(write_json=lambda *_: None)
     )  # fmt: skip
     layout = dict.fromkeys(AXES, 1) | {"dp": 4, "ep": 2}
-    study = Moe(cast(Any, Bench(*tables, *tables)), cast(Any, journal), CONFIG, layout)
+    study = MoeStudy(cast(Any, Bench(*tables, *tables)), cast(Any, journal), CONFIG, layout)
     study.run(frozenset())
     return Layer(**layers[0])
 

@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from collectives.ops.transfers import Seat, Transfer, TransferCase
+from collectives.ops.transfers import GroupMember, Transfer, TransferCase
 from collectives.studies import sweep
 from collectives.studies.sweep import SweepRunner
 
@@ -23,7 +23,7 @@ class MadeTransfer:
 
     bytes_needed = staticmethod(Transfer.bytes_needed)
 
-    def __init__(self, case: TransferCase, seat: Seat, room: int) -> None:
+    def __init__(self, case: TransferCase, member: GroupMember, room: int) -> None:
         self.room = room
         if case.root == 7:
             raise RuntimeError("CUDA out of memory. Tried\nto allocate")
@@ -59,9 +59,9 @@ class Machine:
         self, count: int, root: int = -1, in_place: bool = False, idle: bool = False
     ) -> tuple[Any, str]:
         """What comes of a case of so many MiB for each of its two ranks."""
-        seat = Seat(cast(Any, None), (2, 3), 1, self.device)
+        member = GroupMember(cast(Any, None), (2, 3), 1, self.device)
         case = TransferCase("all_gather", count * MIB, torch.int8, "none", root, in_place)
-        transfer, refusal = self.runner._allocate(case, None if idle else seat)
+        transfer, refusal = self.runner._allocate(case, None if idle else member)
         return transfer, cast(str, refusal)
 
 
@@ -125,7 +125,7 @@ def test_what_is_counted_is_what_is_allocated(
     case = TransferCase(
         op, 12, torch.float, "sum", 1 if op in ("gather", "scatter") else -1, in_place, None, 3
     )
-    assert Transfer(case, Seat(cast(Any, None), (0, 1, 2), 1, torch.device("cpu")))
+    assert Transfer(case, GroupMember(cast(Any, None), (0, 1, 2), 1, torch.device("cpu")))
     assert len(sizes) == 1 + (not in_place)
     needed = Transfer.bytes_needed(case, 3, 4)
     assert sum(sizes) <= needed <= sum(sizes) + len(sizes) * 2 * 3 * 4

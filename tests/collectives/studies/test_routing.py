@@ -64,7 +64,7 @@ def test_a_record_is_played_back_in_proportion() -> None:
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
 def test_chunks_add_up(parts: int) -> None:
     whole = loads("zipf")[0]
-    cut = routing.cut(whole, parts)
+    cut = routing.split_loads(whole, parts)
     assert len(cut) == parts and (sum(cut) == whole).all()
     assert max(int(np.abs(one * parts - whole).max()) for one in cut) <= parts
 

@@ -23,7 +23,7 @@ from collectives.ops import transfers
 from collectives.ops.exact import MOVED_ONLY, TYPES
 from collectives.ops.groups import AXES, GroupPartition
 from collectives.ops.operations import OPERATIONS
-from collectives.ops.transfers import COPIED, Seat, Transfer, TransferCase, matrix_of
+from collectives.ops.transfers import COPIED, GroupMember, Transfer, TransferCase, matrix_of
 from collectives.store.results import ResultStore, SweepRow
 from collectives.studies.sweep import SweepRunner, _multicast, series
 from collectives.timing.team import Team, choose_device
@@ -66,8 +66,8 @@ def every_case(world: int) -> Iterator[TransferCase]:
 
 def check_every_case(rank: RankContext) -> tuple[int, list[str]]:
     """Cases checked, and those of which this rank saw wrong elements."""
-    team = Team.meet(quick(), rank)
-    seat = team.seat(GroupPartition("world", (tuple(range(rank.world)),)))
+    team = Team.join(quick(), rank)
+    seat = team.membership(GroupPartition("world", (tuple(range(rank.world)),)))
     assert seat is not None
     cases = list(every_case(rank.world))
     return len(cases), [str(case) for case in cases if Transfer(case, seat).check()]
@@ -95,14 +95,19 @@ def check_groups(rank: RankContext) -> list[tuple[str, str, int, int]]:
         "collectives.ops=" + ",".join(OPERATIONS), "collectives.dtypes=bfloat16",
         "collectives.min_size=6000", "collectives.max_size=6000", "collectives.root=1",
     )  # fmt: skip
-    team, found = Team.meet(config, rank), []
+    team, found = Team.join(config, rank), []
     for member in team.members:
         member["hostname"] = f"node-{member['rank'] // 2}"
     axes = [(layout, [axis for axis in AXES if layout[axis] > 1]) for layout in LAYOUTS if rank.world == 8]
     for layout, kinds in [(ONE, KINDS), *axes]:
         settings = config.collectives.model_copy(update={"groups": tuple(kinds)})
         for one in series(settings, team.nodes, layout):
-            seat, op, dtype, n = team.seat(one.partition), one.op.name, TYPES[one.dtype], one.partition.ranks
+            seat, op, dtype, n = (
+                team.membership(one.partition),
+                one.op.name,
+                TYPES[one.dtype],
+                one.partition.ranks,
+            )
             assert seat is not None
             for count, in_place in product(one.counts, (False, True)[: 1 + one.op.in_place]):
                 case = TransferCase(
@@ -181,7 +186,7 @@ def corrupting(real: Callable[..., Any], index: int, places: tuple[int, ...]) ->
 
 
 def sweep_corrupted(rank: RankContext) -> list[SweepRow]:
-    team, found = Team.meet(quick(), rank), []
+    team, found = Team.join(quick(), rank), []
     for i, (op, dtype, redop, size, groups, places, ranks) in enumerate(CORRUPTED):
         config = quick(
             f"collectives.ops={op}", f"collectives.dtypes={dtype}", f"collectives.groups={groups}",
@@ -208,7 +213,7 @@ def sweep_with_barriers(rank: RankContext) -> list[SweepRow]:
         "collectives.ops=all_reduce", "collectives.groups=pairs", "collectives.sync=barrier",
         "collectives.min_size=64", "collectives.max_size=64",
     )  # fmt: skip
-    return measure(Team.meet(config, rank), config, ONE, rank.run.root)
+    return measure(Team.join(config, rank), config, ONE, rank.run.root)
 
 
 @pytest.mark.timeout(90)
@@ -220,7 +225,7 @@ def test_an_idle_rank_does_not_wait_at_barriers_of_the_others(tmp_path: Path) ->
 
 def sweep_of_barriers(rank: RankContext) -> list[SweepRow]:
     config = quick("collectives.ops=barrier", "collectives.groups=pairs")
-    return measure(Team.meet(config, rank), config, ONE, rank.run.root)
+    return measure(Team.join(config, rank), config, ONE, rank.run.root)
 
 
 @pytest.mark.timeout(90)
@@ -237,7 +242,7 @@ def small_sweep(rank: RankContext) -> None:
     config = quick(
         "collectives.ops=all_reduce,all_gather", "collectives.min_size=64", "collectives.max_size=128"
     )
-    measure(Team.meet(config, rank), config, ONE, rank.run.root)
+    measure(Team.join(config, rank), config, ONE, rank.run.root)
 
 
 def test_a_real_measurement_conforms_and_nccl_tests_reads_it(tmp_path: Path) -> None:
@@ -321,14 +326,14 @@ def test_of_several_types_and_reductions_the_pairs_that_there_are_are_measured()
 
 
 @pytest.fixture
-def lone(tmp_path: Path) -> Iterator[Seat]:
+def lone(tmp_path: Path) -> Iterator[GroupMember]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield Seat(dist.group.WORLD, (0,), 0, torch.device("cpu"))
+    yield GroupMember(dist.group.WORLD, (0,), 0, torch.device("cpu"))
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("op", COPIED)
-def test_out_of_place_nothing_is_copied_in_a_call(op: str, lone: Seat) -> None:
+def test_out_of_place_nothing_is_copied_in_a_call(op: str, lone: GroupMember) -> None:
     """It was: 256 MiB took 15 % longer than in nccl-tests."""
     transfer = Transfer(
         TransferCase(op, 1000, torch.float, "sum", 0 if op != "all_reduce" else -1, False), lone
@@ -343,7 +348,7 @@ def test_out_of_place_nothing_is_copied_in_a_call(op: str, lone: Seat) -> None:
 @pytest.mark.parametrize(
     ("op", "in_place"), [("all_reduce", False), ("all_gather", True), ("all_to_all", False)]
 )
-def test_buffers_begin_where_they_should(op: str, in_place: bool, lone: Seat) -> None:
+def test_buffers_begin_where_they_should(op: str, in_place: bool, lone: GroupMember) -> None:
     for unalign in (0, 1, 3):
         transfer = Transfer(TransferCase(op, 1000, torch.float, "sum", -1, in_place, None, unalign), lone)
         for buffer in (transfer._send, transfer._receive):

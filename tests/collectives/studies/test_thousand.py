@@ -19,7 +19,7 @@ from collectives.analysis.probes import Direction, Endpoint, Probes
 from collectives.store import stream
 from collectives.store.results import ResultStore
 from collectives.store.stream import RowIndex
-from collectives.studies.faults import Meeting, ProbeRecord, _rates_text
+from collectives.studies.faults import ProbePair, ProbeRecord, _rates_text
 from collectives.studies.journal import Journal
 from configs.compose import compose
 from configs.paths import RunPaths
@@ -65,17 +65,17 @@ def test_a_record_keeps_what_each_sender_timed() -> None:
     record = ProbeRecord.of([[0, 2]], members, 1000)
     assert record.ranks == [0, 2]
     times = np.array([[9.0, 1e-6, 2e-6, 3e-6], [np.nan] * 4, [8.0, 4e-6, 5e-6, 4e-6]])
-    assert record.meeting(Meeting(0, 2), times, alone=False) == pytest.approx(0.25), (
+    assert record.add_messages(ProbePair(0, 2), times, alone=False) == pytest.approx(0.25), (
         "of the slower way's median"
     )
-    record.meeting(Meeting(0, 2), 2 * times, alone=True)
+    record.add_messages(ProbePair(0, 2), 2 * times, alone=True)
     there, back = record.probes().directions
     assert (there.pair, there.first, back.pair, back.first) == ((0, 2), 9.0, (2, 0), 8.0)
     assert np.array(back.passes) == pytest.approx(np.array([[4e-6, 5e-6, 4e-6], [8e-6, 1e-5, 8e-6]]))
     assert len(there.alone) == 1 and list(there.alone[0]) == pytest.approx([2e-6, 4e-6, 6e-6])
     own = np.full((3, 7), np.nan)
     own[0, :2], own[2] = (0.2, 0.1), np.arange(1, 8)
-    assert record.own_speed([0, 2], own) == [100.0, 1000.0]
+    assert record.add_compute_times([0, 2], own) == [100.0, 1000.0]
     first, last = record.probes().endpoints
     assert (first.cpu_seconds, first.device_seconds) == ((0.2, 0.1), ())
     assert (last.cpu_seconds, last.device_seconds) == ((1, 2), (3, 4, 5, 6, 7))
@@ -119,7 +119,7 @@ def test_rows_are_read_one_at_a_time_and_the_last_try_counts(tmp_path: Path) -> 
 
 def test_files_are_those_of_all_rows_at_once(tmp_path: Path) -> None:
     store, signs = kept(tmp_path), []
-    made = stream.write(store, lambda: signs.append(1))
+    made = stream.write_tables(store, lambda: signs.append(1))
     assert [path.name for path in made] == ["all_reduce.world.json", "all_gather.world.json", "results.csv"]
     assert len(signs) == 4 + 3 + 3, "each row shows that the rank is alive, whenever it is read"
     tree = json.loads(made[0].read_text())
@@ -184,7 +184,7 @@ def test_what_was_wrong_before_an_interruption_counts_at_the_end(tmp_path: Path)
         journal.begin(metadata())
         journal.end()
     assert [one.evidence["size"] for one in journal.findings] == [64]
-    assert [one["kind"] for one in store.kept("findings")] == ["wrong_data"]
+    assert [one["kind"] for one in store.read_json("findings")] == ["wrong_data"]
     assert "finding" not in rank.paths.metrics.read_text(), "the attempt that made the row has said it"
 
 

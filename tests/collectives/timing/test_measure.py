@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from collectives.ops.operations import OPERATIONS
-from collectives.studies.program import _is_lost, _keep_graphs_plain
+from collectives.studies.program import _disable_graph_registration, _is_network_error
 from collectives.timing import burst, clock, measure, team
 from collectives.timing.clock import EventClock, HostClock
 from collectives.timing.measure import MeasurementSetup, Raw
@@ -127,7 +127,7 @@ def test_a_captured_burst_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device.log == ["wait", "pause", "replay 3", "reached?", "wait"]
     device.late = True
     assert one.run(lambda: None) == (1.0, True)
-    one.forget()
+    one.launch_singly()
     assert one.run(lambda: None)[0] == 5.0
 
 
@@ -350,7 +350,7 @@ def test_each_call_is_waited_for_where_that_is_what_is_timed(monkeypatch: pytest
 )  # fmt: skip
 def test_which_clock_is_used(timer: Any, device: str, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "host_offset", lambda _: 0)
-    assert type(clock.choose(timer, torch.device(device), cast(Any, lambda: None))) is kind
+    assert type(clock.make_clock(timer, torch.device(device), cast(Any, lambda: None))) is kind
 
 
 @pytest.mark.parametrize(
@@ -360,7 +360,9 @@ def test_graphs_move_as_plain_launches_do_unless_they_are_what_is_measured(
     timer: str, was: str | None, now: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "environ", {} if was is None else {"NCCL_GRAPH_REGISTER": was})
-    _keep_graphs_plain(compose(["workload=collectives", "hardware=h100", f"collectives.timer={timer}"]))
+    _disable_graph_registration(
+        compose(["workload=collectives", "hardware=h100", f"collectives.timer={timer}"])
+    )
     assert os.environ.get("NCCL_GRAPH_REGISTER") == now
 
 
@@ -427,4 +429,4 @@ def test_a_route_that_there_is_is_taken() -> None:
     ],
 )
 def test_a_lost_peer_is_told_from_what_a_library_cannot_do(text: str, lost: bool) -> None:
-    assert _is_lost(RuntimeError(text)) is lost
+    assert _is_network_error(RuntimeError(text)) is lost

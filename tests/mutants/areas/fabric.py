@@ -88,11 +88,11 @@ MUTANTS = [
         f"{_OWN}groups_of_other_backends_and_devices_go_through_torch",
     ),
     Mutant(
-        "a seat has no communicator",
+        "a member of a group has no communicator",
         "collectives/timing/team.py",
-        "self.device, communicator(group, self.device))",
-        "self.device)",
-        f"{_OWN}a_seat_has_its_groups_communicator_and_an_idle_rank_asks_for_none",
+        "self.device, communicator(group, self.device)",
+        "self.device",
+        f"{_OWN}a_member_has_its_groups_communicator_and_an_idle_rank_asks_for_none",
     ),
     Mutant(
         "a record says that gloo's data is moved by NCCL",
@@ -127,7 +127,7 @@ MUTANTS = [
         "the library's root is a global rank",
         _TRANSFERS,
         "communicator.broadcast(send, receive, self._case.root)",
-        "communicator.broadcast(send, receive, self._seat.ranks[self._case.root])",
+        "communicator.broadcast(send, receive, self._member.ranks[self._case.root])",
         _BROADCAST,
     ),
     Mutant(

@@ -1,4 +1,4 @@
-"""What each direction's messages would take with nothing wrong on their path. Pure."""
+"""The time that each direction's messages should take on a path without a fault. Pure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from collectives.analysis.paths import PathKind, back, path_kinds
+from collectives.analysis.paths import PathKind, path_kinds, return_times
 from collectives.analysis.probes import Floats, Ints, Probes
 from configs.hardware import HardwareConfig
 
@@ -16,7 +16,7 @@ SPREAD = 0.35
 
 
 @dataclass(frozen=True)
-class SoundTimes:
+class ExpectedTimes:
     """Seconds by direction, [P], and the rate of each kind of path."""
 
     quick: Floats
@@ -32,7 +32,7 @@ class SoundTimes:
     """GB/s that the fastest third of each kind's paths usually reach; None where paths of that kind weren't probed."""
 
 
-def sound_times(probes: Probes, hardware: HardwareConfig, slow_ratio: float) -> SoundTimes:
+def expected_times(probes: Probes, hardware: HardwareConfig, slow_ratio: float) -> ExpectedTimes:
     """The median of the fastest third of the paths of a kind, as long as a third of them are sound.
 
     Of two middle ones the slower: a single path that is faster than the others makes none of them slow.
@@ -54,10 +54,10 @@ def sound_times(probes: Probes, hardware: HardwareConfig, slow_ratio: float) -> 
             slow[rows] = usual / slow_ratio
         else:
             least = float(np.sort(table.quick[rows])[len(rows) // 10]) / SPREAD
-            quick[rows] = np.minimum(least, back(probes)[rows])
+            quick[rows] = np.minimum(least, return_times(probes)[rows])
             limit[rows] = quick[rows] / slow_ratio
             slow[rows] = table.quick[rows] / slow_ratio
-    return SoundTimes(quick, limit, slow, paths.kinds, paths.of, tuple(rates))
+    return ExpectedTimes(quick, limit, slow, paths.kinds, paths.of, tuple(rates))
 
 
 def _median_high(values: Floats) -> float:

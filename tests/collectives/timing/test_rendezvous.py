@@ -10,7 +10,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from collectives.timing.meeting import SHARED, fresh
+from collectives.timing.rendezvous import SHARED, fresh_store
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(60)]
 WORLD = 4
@@ -37,7 +37,7 @@ def start(port: int, late: int | None = None) -> list[dist.Store]:
 
     def one(rank: int) -> dist.Store:
         time.sleep(0.2 if rank == late else 0.0)
-        return fresh(client(port), rank, WORLD, LONG)
+        return fresh_store(client(port), rank, WORLD, LONG)
 
     with ThreadPoolExecutor(WORLD) as pool:
         return list(pool.map(one, range(WORLD)))
@@ -56,7 +56,7 @@ def test_restarted_ranks_share_keys_with_each_other_alone(port: int, late: int) 
 
 def test_a_start_that_never_came_together_is_passed_over(port: int) -> None:
     with pytest.raises(dist.DistStoreError):
-        fresh(client(port), 0, WORLD, timedelta(seconds=0.3))  # its peers died before they signed
+        fresh_store(client(port), 0, WORLD, timedelta(seconds=0.3))  # its peers died before they signed
     stores = start(port, late=0)
     stores[0].set("address", "now")
     assert all(store.get("address") == b"now" for store in stores)
@@ -65,10 +65,10 @@ def test_a_start_that_never_came_together_is_passed_over(port: int) -> None:
 def test_a_rank_that_is_alone_gives_up(port: int) -> None:
     client(port).set("megaray-start/offer", "of the dead")
     with pytest.raises(dist.DistStoreError, match="no offer of rank 0"):
-        fresh(client(port), 1, WORLD, timedelta(seconds=0.3))
+        fresh_store(client(port), 1, WORLD, timedelta(seconds=0.3))
 
 
 def test_a_store_of_one_start_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(SHARED, raising=False)
     store = dist.HashStore()
-    assert fresh(store, 0, WORLD, LONG) is store
+    assert fresh_store(store, 0, WORLD, LONG) is store

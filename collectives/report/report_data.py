@@ -1,4 +1,4 @@
-"""What a report is made of, and what its plots are."""
+"""The data of a report, and its plots."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class FittedCurve:
 
 
 @dataclass(frozen=True)
-class Material:
+class ReportData:
     """What plots are made of: a measurement, and what is known beside it."""
 
     results: Results
@@ -57,7 +57,7 @@ class Plot:
 
 
 @dataclass(frozen=True)
-class Missing:
+class MissingPlot:
     """A plot that isn't drawn."""
 
     title: str

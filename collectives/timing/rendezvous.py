@@ -1,4 +1,4 @@
-"""A part of a launcher's store that belongs to one start of the ranks alone.
+"""A rendezvous store without keys of earlier restarts, inside the store of a launcher that keeps one for all.
 
 torchrun keeps one TCPStore for all restarts of its workers and, since torch 2.5, no longer puts a prefix for each
 restart before their keys (pytorch issue 135712; 2.13 makes the store once and keeps it). Restarted ranks then read the
@@ -21,10 +21,10 @@ from configs.errors import from_json
 SHARED = "TORCHELASTIC_USE_AGENT_STORE"
 """Set to `True` by torchrun where its own store is the ranks' too."""
 POLL = 0.02
-"""Seconds between two looks at the store."""
+"""Seconds between two polls of the store."""
 
 
-def fresh(store: dist.Store, rank: int, world: int, timeout: timedelta) -> dist.Store:
+def fresh_store(store: dist.Store, rank: int, world: int, timeout: timedelta) -> dist.Store:
     """A store without keys of an earlier start, the same one on all ranks.
 
     Rank 0 offers a name, each rank signs the offer with a name of its own, and rank 0 closes it with the list of
