@@ -44,7 +44,7 @@ class RankFiles:
 
     @property
     def signs(self) -> Path:
-        """Its communicators and what it waits for (`faulttol.signs`)."""
+        """Its communicators and what it waits for (`faulttol.progress_report`)."""
         return self.folder / f"{self.rank:05d}.signs"
 
     @property

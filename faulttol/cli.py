@@ -22,7 +22,7 @@ from configs.errors import (
 )
 
 if TYPE_CHECKING:
-    from faulttol.commands.acts import CommandResult
+    from faulttol.commands.handlers import CommandResult
 
 PROGRAM = "python -m faulttol"
 _PATH = "a run's id or folder, a folder or URL of checkpoints, or a step's folder in it"
@@ -80,9 +80,9 @@ def _answer(options: argparse.Namespace) -> CommandResult:
             from faulttol.timeline import command as timeline  # it loads numpy
 
             return timeline.run(options)
-        from faulttol.commands import acts
+        from faulttol.commands import handlers
 
-        return acts.ACTS[options.command](options)
+        return handlers.ACTS[options.command](options)
     except OSError as error:
         why = " ".join(str(error).split()) or type(error).__name__
         raise _NotReached(f"{options.command} has failed: {why}; fix that, or name another place") from None

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from configs.errors import from_json
-from faulttol import steady
-from faulttol.detect.snapshot import Raised
+from faulttol import steady_clock
+from faulttol.detect.snapshot import ExitReport
 
 E = TypeVar("E", bound=BaseException)
 
@@ -49,24 +49,24 @@ _MAY_BLAME = (*_OF_PEERS, "RuntimeError", "DistError", "DistBackendError")
 """Errors whose words are looked at: an error of the operating system or of the program is the rank's own."""
 
 
-HEARD = "all ranks learned of this from the one that met it"
-"""Note on an error that ranks raise alike, because one of them met it."""
-_MET: deque[str] = deque(maxlen=64)
-"""Texts of the errors that this process met itself and sent to its peers."""
+PEERS_ERROR_NOTE = "all ranks learned of this from the one that met it"
+"""Note on an error that all ranks raise because one of them met it."""
+_OWN_ERRORS: deque[str] = deque(maxlen=64)
+"""Texts of the errors that began in this process and were sent to its peers."""
 
 
-def met(error: BaseException) -> None:
-    """This process has met an error itself, and is about to tell its peers."""
-    _MET.append(str(error))
+def record_own_error(error: BaseException) -> None:
+    """Remember an error that began in this process, before its peers are informed."""
+    _OWN_ERRORS.append(str(error))
 
 
-def heard(error: E) -> E:
-    """An error that all ranks raise, marked as such: it is that of the rank that met it."""
-    error.add_note(HEARD)
+def mark_as_peers(error: E) -> E:
+    """The error with a note that it began on another rank, which all ranks raise."""
+    error.add_note(PEERS_ERROR_NOTE)
     return error
 
 
-def words_blame_peer(words: str) -> bool:
+def text_blames_peer(words: str) -> bool:
     """Whether the last line of a log is that of a lost peer."""
     lower = words.lower()
     return any(sign in lower for sign in _PEER_LOST)
@@ -78,14 +78,14 @@ def blames_peer(error: BaseException) -> bool:
     The first error of its chain decides: what is raised while another is being handled is a consequence of that one. One
     that was only heard of is the peer's that met it.
     """
-    if HEARD in getattr(error, "__notes__", ()):
-        return not any(text and text in str(error) for text in _MET)
+    if PEERS_ERROR_NOTE in getattr(error, "__notes__", ()):
+        return not any(text and text in str(error) for text in _OWN_ERRORS)
     seen: set[int] = set()
     while (before := error.__cause__ or error.__context__) is not None and id(before) not in seen:
         seen.add(id(error))
         error = before
     name = type(error).__name__
-    return name in _OF_PEERS or (name in _MAY_BLAME and words_blame_peer(str(error)))
+    return name in _OF_PEERS or (name in _MAY_BLAME and text_blames_peer(str(error)))
 
 
 def write(path: Path, error: BaseException) -> None:
@@ -97,7 +97,7 @@ def write(path: Path, error: BaseException) -> None:
     _write(path, f"{type(error).__name__}: {error}", blames_peer(error))
 
 
-def follow(path: Path, why: str) -> None:
+def write_as_peers(path: Path, why: str) -> None:
     """Write that this process ends because another rank does, likewise."""
     _write(path, why, True)
 
@@ -115,15 +115,19 @@ def _write(path: Path, error: str, blames: bool) -> None:
             own.unlink()
 
 
-def read(path: Path) -> Raised | None:
+def read(path: Path) -> ExitReport | None:
     """What a rank wrote; None where it wrote nothing."""
     try:
         tree = from_json(path.read_bytes())
-        return Raised(steady.of(int(tree["time_ns"])), str(tree["error"]), bool(tree["blames_peer"]))
+        return ExitReport(
+            steady_clock.from_monotonic_ns(int(tree["time_ns"])),
+            str(tree["error"]),
+            bool(tree["blames_peer"]),
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def forget(path: Path) -> None:
+def remove(path: Path) -> None:
     """Remove what an earlier process wrote under the same name."""
     path.unlink(missing_ok=True)

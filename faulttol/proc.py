@@ -71,7 +71,7 @@ def state(pid: int) -> str:
     return one.state if one is not None else ""
 
 
-def ending(pid: int) -> int:
+def pending_exit_code(pid: int) -> int:
     """Exit code of a process that fails and has begun to end, negative for a signal; 0 otherwise.
 
     The kernel reports the end to its parent once it has given up all that it holds: 3 s for 6 GB on a small machine, and
@@ -94,7 +94,7 @@ def runs(pid: int) -> bool:
     return any(stat is not None and not int(stat[1][6]) & _EXITING for stat in stats)
 
 
-def answer(
+def run_bounded(
     words: Sequence[str], seconds: float, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """What a program prints, as `subprocess.run` gives it, which would wait forever for the end of one that stands in a

@@ -9,8 +9,8 @@ sequence number, time in ns, meaning, and the exclusive-or of these three. A rea
 written, because its writer was killed in it or is overwriting it now, sees that they don't agree.
 
 Records are dated by the node's monotonic clock, which nobody sets, and which all its processes share. A reader adds its
-own `faulttol.steady.OFFSET_NS`, so what it reads is comparable with its own `steady.now()`, and between nodes as far as
-their clocks agree.
+own `steady_clock.OFFSET_NS`, so what it reads is comparable with its own `steady_clock.now()`, and between nodes as far
+as their clocks agree.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
-from faulttol import steady
+from faulttol import steady_clock
 
 _MAGIC = b"MEGARAY3"
 _HEADER = struct.Struct("=8sQQQQQ")  # magic, record size, capacity, rank, process id, newest sequence
@@ -75,7 +75,7 @@ class Record:
     sequence: int
     """From 1, without gaps."""
     time: float
-    """Seconds since the epoch, by the clock of the rank's node (`faulttol.steady`)."""
+    """Seconds since the epoch, by the clock of the rank's node (`faulttol.steady_clock`)."""
     mark: PhaseMark
     phase: RankPhase
     step: int
@@ -224,4 +224,4 @@ def _parse(data: bytes) -> Record | None:
     if not sequence or check != sequence ^ nanoseconds ^ meaning:
         return None
     mark, phase = PhaseMark(meaning & 0xFF), RankPhase(meaning >> 8 & 0xFF)
-    return Record(sequence, steady.of(nanoseconds), mark, phase, meaning >> _STEP_SHIFT)
+    return Record(sequence, steady_clock.from_monotonic_ns(nanoseconds), mark, phase, meaning >> _STEP_SHIFT)

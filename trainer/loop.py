@@ -21,8 +21,8 @@ from configs.rank import RankContext, threads
 from configs.schema import RunConfig
 from faulttol import exits
 from faulttol.checkpoint.manifest import SaveSuperseded
+from faulttol.progress_report import ProgressReporter, is_remote
 from faulttol.recorder import RankPhase, Recorder
-from faulttol.signs import SignWriter, is_remote
 from faulttol.staged.saver import SaveCallbacks, SaveOutcome
 from faulttol.timeline.hooks import Tracing
 from trainer import checkpoints, kernel_warmup
@@ -62,9 +62,9 @@ def main(config: RunConfig, rank: RankContext, recorder: Recorder | None = None)
         Stopped: where all ranks have stopped, since one was asked to by SIGTERM.
     """
     recorder = recorder or Recorder(rank.files.ring, rank.rank)
-    exits.forget(rank.files.raised)
+    exits.remove(rank.files.raised)
     if rank.rings is not None:
-        SignWriter(
+        ProgressReporter(
             rank.files.signs, is_remote(config.checkpoint.path, config.data.path, config.data.cache)
         ).start()
         Tracing.start(rank.files)  # before the first process group is made
@@ -257,7 +257,9 @@ class _Trainer:
         if self.stop.signalled:
             exits.write(self.rank.files.raised, Stopped(f"SIGTERM at step {self.progress.step}"))
         else:
-            exits.follow(self.rank.files.raised, f"a peer was asked to stop at step {self.progress.step}")
+            exits.write_as_peers(
+                self.rank.files.raised, f"a peer was asked to stop at step {self.progress.step}"
+            )
 
     def _samples(self, step: int) -> int:
         """Samples consumed before the step with index `step`."""

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Mapping
 
-from faulttol import proc, steady
+from faulttol import proc, steady_clock
 from faulttol.recorder import RankPhase, Recorder
 
 
@@ -15,7 +15,7 @@ class Startup:
 
     Args:
         recorder: of this rank.
-        env: where `MEGARAY_STARTED`, in seconds of `faulttol.steady.now`, says when the rank was asked for; without it the
+        env: where `MEGARAY_STARTED`, in seconds of `steady_clock.now`, says when the rank was asked for; without it the
             process's own start counts.
     """
 
@@ -35,7 +35,7 @@ class Startup:
 
     def end(self) -> None:
         """The phase before has ended."""
-        now = steady.now()
+        now = steady_clock.now()
         name = self._phase.name.lower()
         self.seconds[name] = round(self.seconds.get(name, 0.0) + max(0.0, now - self._began), 3)
         self._began = now
@@ -44,9 +44,9 @@ class Startup:
 def _started(env: Mapping[str, str]) -> float:
     started = env.get("MEGARAY_STARTED", "")
     try:
-        return float(started) if started else steady.now() - _age()
+        return float(started) if started else steady_clock.now() - _age()
     except ValueError:
-        return steady.now()
+        return steady_clock.now()
 
 
 def _age() -> float:

@@ -289,9 +289,9 @@ def _none_readable(tiers: Sequence[Tier], passed: Sequence[str]) -> Incomplete:
         f"no checkpoint in {', '.join(tier.store.url for tier in tiers)} can be read: {' | '.join(passed)}; restore the "
         "files, or name another checkpoint.path to start afresh"
     )
-    return exits.heard(Incomplete(why))
+    return exits.mark_as_peers(Incomplete(why))
 
 
 def _error(failure: Failure | None) -> Exception:
     kind, text = failure or (Incomplete, "rank 0 gave no answer")
-    return exits.heard(kind(text))
+    return exits.mark_as_peers(kind(text))

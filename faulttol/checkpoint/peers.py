@@ -93,7 +93,7 @@ def capture_failure(act: Callable[[], T]) -> tuple[T | None, Failure | None]:
     try:
         return act(), None
     except Exception as error:
-        exits.met(error)
+        exits.record_own_error(error)
         return None, failure_of(error)
 
 

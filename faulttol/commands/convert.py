@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from configs.errors import UserError
 from faulttol.checkpoint.folder import CheckpointCommit
 from faulttol.checkpoint.store import CheckpointStore
-from faulttol.commands import places, screen
+from faulttol.commands import locations, terminal
 from faulttol.convert.job import ConversionJob, Estimate
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def export(options: argparse.Namespace, store: CheckpointStore, commit: CheckpointCommit) -> ConversionJob:
     """Of `export PATH`."""
-    out = places.output(options.out)
+    out = locations.output(options.out)
     if options.to == "dcp":
         from faulttol.convert.dcp import export_dcp
 
@@ -37,8 +37,8 @@ def import_(options: argparse.Namespace) -> ConversionJob:
     Raises:
         UserError: where a map of names goes with a format whose names are known, and as the format's import does.
     """
-    model, kind, moments = _goes_on(options.overrides)
-    out = places.output(options.out)
+    model, kind, moments = _training_config(options.overrides)
+    out = locations.output(options.out)
     if options.form == "hf":
         from faulttol.convert.hf import import_hf
 
@@ -69,11 +69,11 @@ def grow(options: argparse.Namespace, store: CheckpointStore, commit: Checkpoint
 
     run = options.run or f"{commit.run}-{options.layers}-layers"
     return growing(
-        store, places.output(options.out), run, options.layers, commit, options.method, options.optimizer
+        store, locations.output(options.out), run, options.layers, commit, options.method, options.optimizer
     )
 
 
-def _goes_on(overrides: Sequence[str]) -> tuple[ModelConfig | None, Kind, Moments]:
+def _training_config(overrides: Sequence[str]) -> tuple[ModelConfig | None, Kind, Moments]:
     """The model, where one is named, and the optimizer that training continues with."""
     if not overrides:
         return None, "adamw", "fp32"
@@ -84,14 +84,14 @@ def _goes_on(overrides: Sequence[str]) -> tuple[ModelConfig | None, Kind, Moment
     return config.model if named else None, config.optim.kind, config.optim.moments
 
 
-def told(cost: Estimate, notes: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+def estimate_result(cost: Estimate, notes: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """An estimate with its notes, as data and for a person."""
-    return {**asdict(cost), "notes": list(notes)}, [*screen.estimate(cost), *(f"note: {n}" for n in notes)]
+    return {**asdict(cost), "notes": list(notes)}, [*terminal.estimate(cost), *(f"note: {n}" for n in notes)]
 
 
 def run(job: ConversionJob, bar: Callable[[int, int], None]) -> tuple[dict[str, Any], list[str]]:
     """Run a conversion: what it has done, as data and for a person."""
     done = job.run(bar)
-    what = f"{screen.plural(done.tensors, 'tensor')}, {screen.size(done.bytes_written)} written"
-    lines = [f"{done.path}: {what}, {screen.size(done.bytes_read)} read"]
+    what = f"{terminal.plural(done.tensors, 'tensor')}, {terminal.size(done.bytes_written)} written"
+    lines = [f"{done.path}: {what}, {terminal.size(done.bytes_read)} read"]
     return asdict(done), [*lines, *(f"note: {note}" for note in done.notes)]

@@ -21,8 +21,8 @@ from faulttol.checkpoint.hashes import (
 )
 from faulttol.checkpoint.manifest import flat
 from faulttol.checkpoint.pieces import DTYPES
-from faulttol.commands.numbers import numbers
-from faulttol.commands.screen import plural, size, table
+from faulttol.commands.dtype_values import numbers
+from faulttol.commands.terminal import plural, size, table
 from faulttol.convert.job import ConversionProgress
 
 _SHOWN = 40

@@ -10,9 +10,9 @@ from typing import Any
 from faulttol.checkpoint.folder import CheckpointCommit, CheckpointFolder
 from faulttol.checkpoint.manifest import Incomplete, Manifest, flat
 from faulttol.checkpoint.pieces import DTYPES
-from faulttol.commands.places import CheckpointPlace
-from faulttol.commands.prune import kept, retention_of
-from faulttol.commands.screen import axes, plural, size, table
+from faulttol.commands.locations import CheckpointLocation
+from faulttol.commands.prune import keep_reasons, retention_of
+from faulttol.commands.terminal import axes, plural, size, table
 
 _LONGEST = 100
 """Characters of a fact that a person is shown."""
@@ -118,7 +118,7 @@ def _short(text: str) -> str:
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
 
-def inspect(place: CheckpointPlace) -> Inspected:
+def inspect(place: CheckpointLocation) -> Inspected:
     """Look at a folder; only manifests are read.
 
     Raises:
@@ -128,7 +128,7 @@ def inspect(place: CheckpointPlace) -> Inspected:
     folder = CheckpointFolder(place.store)
     shown = place.commits(folder)[-1]
     retention = retention_of(place)
-    why = kept(folder, retention)
+    why = keep_reasons(folder, retention)
     rows: list[CheckpointRow] = []
     manifest: Manifest | None = None
     for commit in folder.commits:

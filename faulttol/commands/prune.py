@@ -13,8 +13,8 @@ from faulttol.checkpoint.folder import CheckpointCommit, CheckpointFolder, folde
 from faulttol.checkpoint.manifest import Incomplete
 from faulttol.checkpoint.retention import PruneCandidate, Retention
 from faulttol.checkpoint.store import StoreLike
-from faulttol.commands.places import CheckpointPlace
-from faulttol.commands.screen import plural, size, table
+from faulttol.commands.locations import CheckpointLocation
+from faulttol.commands.terminal import plural, size, table
 
 
 @dataclass
@@ -49,14 +49,14 @@ def _name(one: dict[str, Any]) -> str:
     return f"step {one['step']}, attempt {one['attempt']}"
 
 
-def retention_of(place: CheckpointPlace) -> Retention | None:
+def retention_of(place: CheckpointLocation) -> Retention | None:
     """The retention that the run is configured with; None where that isn't known."""
     section = place.checkpoint_config()
     keep, every = section.get("keep"), section.get("keep_every")
     return Retention(int(keep), every) if keep else None
 
 
-def kept(folder: CheckpointFolder, retention: Retention | None) -> dict[CheckpointCommit, list[str]]:
+def keep_reasons(folder: CheckpointFolder, retention: Retention | None) -> dict[CheckpointCommit, list[str]]:
     """Why each commit stays: its pins, its readers, the retention; nothing for those that go at the next removal."""
     now = time.time()
     going = {one.commit for one in retaining.plan(folder, retention, now)} if retention else set()
@@ -71,7 +71,7 @@ def kept(folder: CheckpointFolder, retention: Retention | None) -> dict[Checkpoi
     return reasons
 
 
-def doomed(
+def candidates(
     folder: CheckpointFolder,
     retention: Retention | None,
     steps: Sequence[int],

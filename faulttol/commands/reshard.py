@@ -20,7 +20,7 @@ from faulttol.checkpoint.pieces import BLOCK, DTYPES, TensorPiece
 from faulttol.checkpoint.shards import layout as laid_out
 from faulttol.checkpoint.shards import ordered
 from faulttol.checkpoint.store import StoreLike
-from faulttol.commands.screen import axes, plural, rate, size
+from faulttol.commands.terminal import axes, plural, rate, size
 from faulttol.convert.job import ConversionProgress, Estimate
 from faulttol.convert.target import lazy, write_all
 

@@ -26,7 +26,7 @@ from faulttol.checkpoint.manifest import Incomplete, Tensor
 from faulttol.checkpoint.pieces import DTYPES
 from faulttol.checkpoint.shards import INDEX
 from faulttol.checkpoint.store import StoreLike
-from faulttol.commands.screen import plural, rate, size
+from faulttol.commands.terminal import plural, rate, size
 
 _SHOWN = 20
 """Damages that a person is shown; JSON has all."""

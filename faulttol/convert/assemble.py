@@ -15,7 +15,7 @@ from faulttol.checkpoint.store import StoreLike
 from faulttol.convert.facts import COUNT, Kind, Moments, balances, fresh, is_parameter
 from faulttol.convert.facts import DTYPES as DTYPES_OF
 from faulttol.convert.job import WORK, ConversionJob, Estimate
-from faulttol.convert.placed import Foreign, PlacedTensor, inward
+from faulttol.convert.placed import Foreign, PlacedTensor, import_bytes
 from faulttol.convert.target import ConversionTarget, Value
 from faulttol.convert.values import FLOATS, convertible
 
@@ -24,7 +24,7 @@ Fill = tuple[ModelConfig, Kind, Moments]
 
 
 @dataclass(frozen=True)
-class Into:
+class ImportDestination:
     """The checkpoint that an import writes."""
 
     out: StoreLike
@@ -37,7 +37,7 @@ class Into:
 def imported(
     foreign: Foreign,
     placed: Sequence[PlacedTensor],
-    into: Into,
+    into: ImportDestination,
     *,
     notes: Iterable[str] = (),
     fill: Fill | None = None,
@@ -59,7 +59,7 @@ def imported(
     values = list(_values(foreign, placed, moments if masters else None))
     remarks = list(notes)
     if fill is not None:
-        made = _made_up(values, *fill)
+        made = _complete_state(values, *fill)
         if made:
             remarks.append(f"made up as zeros: {_summary(made)}")
         values += made
@@ -119,10 +119,10 @@ def _values(foreign: Foreign, placed: Sequence[PlacedTensor], moments: str | Non
 
 
 def _read(foreign: Foreign, parts: Sequence[PlacedTensor], wanted: str, box: Box) -> Any:
-    return inward(foreign, parts, box, wanted)
+    return import_bytes(foreign, parts, box, wanted)
 
 
-def _made_up(values: Sequence[Value], model: ModelConfig, kind: Kind, moments: Moments) -> list[Value]:
+def _complete_state(values: Sequence[Value], model: ModelConfig, kind: Kind, moments: Moments) -> list[Value]:
     there = {value.name for value in values}
     parameters = [(value.name, value.shape) for value in values if is_parameter(value.name)]
     return [*balances(model, there), *fresh(parameters, kind, moments, there)]

@@ -23,7 +23,7 @@ from faulttol.checkpoint.folder import CheckpointCommit
 from faulttol.checkpoint.hashes import MAX_READ, CheckpointSource, parts_of
 from faulttol.checkpoint.pieces import DTYPES
 from faulttol.checkpoint.store import CheckpointStore, StoreLike
-from faulttol.convert.assemble import Into, imported
+from faulttol.convert.assemble import ImportDestination, imported
 from faulttol.convert.facts import Kind, Moments, facts, fingerprint, opened
 from faulttol.convert.job import (
     THREADS,
@@ -176,7 +176,7 @@ def _planner(source: CheckpointSource, tell: ConversionProgress) -> Any:
 # ---- import ----
 
 
-class Chunks:
+class DcpCheckpoint:
     """A checkpoint of DCP: `Foreign`.
 
     Of a chunk that lies in its file as it is, what is asked for is read alone: where columns are spread over chunks, each
@@ -418,7 +418,7 @@ def import_dcp(
     if not (path / ".metadata").is_file():
         raise UserError(f"{path} holds no .metadata; name the folder of a DCP checkpoint")
     refuse_pickles(trust, f"{path}/.metadata")
-    chunks = Chunks(path)
+    chunks = DcpCheckpoint(path)
     known = _noted(path)
     placed, left = place(chunks, rules)
     old = known.get("facts", {})
@@ -430,7 +430,7 @@ def import_dcp(
     notes += [f"left out by the map of names: {len(left)} tensors"] if left else []
     number = step if step is not None else int(known.get("step", 0)) if fill is None else 0
     peak = THREADS * 3 * chunks.largest  # as torch reads it, as it unpacks it, and as it is kept
-    into = Into(out, run, number, small)
+    into = ImportDestination(out, run, number, small)
     return imported(chunks, placed, into, notes=notes, fill=fill, masters=fill is not None, peak=peak)
 
 

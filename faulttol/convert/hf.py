@@ -15,7 +15,7 @@ from faulttol.checkpoint.hashes import CheckpointSource
 from faulttol.checkpoint.manifest import flat
 from faulttol.checkpoint.store import StoreLike
 from faulttol.convert import families, hf_config
-from faulttol.convert.assemble import Into, imported
+from faulttol.convert.assemble import ImportDestination, imported
 from faulttol.convert.facts import Kind, Moments, facts, fingerprint, model_of, opened
 from faulttol.convert.job import (
     THREADS,
@@ -27,9 +27,9 @@ from faulttol.convert.job import (
     Progress,
     at_once,
 )
-from faulttol.convert.placed import PlacedTensor, outward
+from faulttol.convert.placed import PlacedTensor, export_bytes
 from faulttol.convert.placed import cost as placed_cost
-from faulttol.convert.safetensors import INDEX, Outgoing, SafetensorsFolder, file_names, header, shards
+from faulttol.convert.safetensors import INDEX, OutputTensor, SafetensorsFolder, file_names, header, shards
 from faulttol.convert.values import FLOATS
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
@@ -77,7 +77,7 @@ def export_hf(
     listed = {placed.foreign: placed for placed in families.tensors(model)}
     _whole(source, listed)
     wanted = DTYPES[dtype]
-    tensors = [Outgoing(p.foreign, p.dtype or wanted, p.shape) for p in listed.values()]
+    tensors = [OutputTensor(p.foreign, p.dtype or wanted, p.shape) for p in listed.values()]
     files = list(shards(tensors, max_shard_bytes))
     config = hf_config.config_of(model, wanted, _remembered(source))
     notes = _left(source, listed)
@@ -92,7 +92,7 @@ def export_hf(
 def _export(
     source: CheckpointSource,
     listed: dict[str, PlacedTensor],
-    files: list[list[Outgoing]],
+    files: list[list[OutputTensor]],
     config: dict[str, Any],
     out: StoreLike,
     notes: tuple[str, ...],
@@ -122,11 +122,14 @@ def _export(
 
 
 def _chunks(
-    source: CheckpointSource, listed: dict[str, PlacedTensor], file: list[Outgoing], tell: ConversionProgress
+    source: CheckpointSource,
+    listed: dict[str, PlacedTensor],
+    file: list[OutputTensor],
+    tell: ConversionProgress,
 ) -> Iterator[bytes | memoryview]:
     yield header(file)
     for tensor in file:
-        for chunk in outward(source, listed[tensor.name], tensor.dtype):
+        for chunk in export_bytes(source, listed[tensor.name], tensor.dtype):
             yield chunk
             tell(len(chunk))
 
@@ -220,7 +223,9 @@ def import_hf(
     }  # fmt: skip
     small = facts(fingerprint(model, kind, moments), [lineage])
     notes = [f"no part of the model: {', '.join(extra[:3])}"] if extra else []
-    return imported(files, placed, Into(out, run, 0, small), notes=notes, fill=(model, kind, moments))
+    return imported(
+        files, placed, ImportDestination(out, run, 0, small), notes=notes, fill=(model, kind, moments)
+    )
 
 
 def _predictions(tree: dict[str, Any], files: SafetensorsFolder) -> int:

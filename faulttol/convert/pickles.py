@@ -34,31 +34,31 @@ def refuse_pickles(trust: bool, what: str) -> None:
         )
 
 
-class _Inert:
+class _Stub:
     """Stands for an object of another library: keeps what it was given, does nothing."""
 
     def __init__(self, *given: Any, **named: Any) -> None:
         self.given, self.named = given, named
 
 
-class _Address(_Inert):
+class _Address(_Stub):
     """DeepSpeed's `fragment_address`: where a parameter lies in a partition."""
 
     numel: int
     start: int
 
 
-def _member(kind: Any, name: str) -> _Inert:
+def _member(kind: Any, name: str) -> _Stub:
     """Stands for `getattr`, by which Python before 3.11.4 pickles members of an enumeration; looks nothing up."""
-    return _Inert(kind, name)
+    return _Stub(kind, name)
 
 
 _KNOWN: dict[str, Callable[..., Any]] = {
     "builtins.getattr": _member,
     "deepspeed.utils.tensor_fragment.fragment_address": _Address,
-    "deepspeed.runtime.zero.config.ZeroStageEnum": _Inert,
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler": _Inert,
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": _Inert,
+    "deepspeed.runtime.zero.config.ZeroStageEnum": _Stub,
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler": _Stub,
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": _Stub,
 }
 """What DeepSpeed's own files contain beside tensors and plain data, with what stands for it here."""
 

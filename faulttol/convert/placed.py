@@ -112,12 +112,12 @@ def part(
 
 
 def cost(source: CheckpointSource, placed: PlacedTensor) -> int:
-    """Bytes that `outward` reads, without indexes."""
+    """Bytes that `export_bytes` reads, without indexes."""
     return sum(source.cost(placed.name, box) for box in _boxes(source, placed))
 
 
 def _boxes(source: CheckpointSource, placed: PlacedTensor) -> Iterator[Box]:
-    """What `outward` reads at a time, in ours."""
+    """What `export_bytes` reads at a time, in ours."""
     if not placed.shape:
         yield placed.box
         return
@@ -126,7 +126,7 @@ def _boxes(source: CheckpointSource, placed: PlacedTensor) -> Iterator[Box]:
         yield placed.box.cut(placed.lead, first, last)
 
 
-def outward(source: CheckpointSource, placed: PlacedTensor, wanted: str) -> Iterator[memoryview]:
+def export_bytes(source: CheckpointSource, placed: PlacedTensor, wanted: str) -> Iterator[memoryview]:
     """The bytes of a foreign tensor, from ours, in chunks.
 
     Args:
@@ -142,7 +142,9 @@ def outward(source: CheckpointSource, placed: PlacedTensor, wanted: str) -> Iter
         yield _bytes(convert(values.reshape(-1), given, wanted))
 
 
-def inward(foreign: Foreign, parts: Iterable[PlacedTensor], box: Box, wanted: str) -> Iterator[memoryview]:
+def import_bytes(
+    foreign: Foreign, parts: Iterable[PlacedTensor], box: Box, wanted: str
+) -> Iterator[memoryview]:
     """The bytes of a box of ours, whole rows, from the foreign tensors that it is made of, in chunks.
 
     Args:

@@ -136,7 +136,7 @@ class SafetensorsFolder:
 
 
 @dataclass(frozen=True)
-class Outgoing:
+class OutputTensor:
     """A tensor that is to be written."""
 
     name: str
@@ -149,7 +149,7 @@ class Outgoing:
         return prod(self.shape) * DTYPES[self.dtype][1]
 
 
-def header(tensors: Sequence[Outgoing]) -> bytes:
+def header(tensors: Sequence[OutputTensor]) -> bytes:
     """The header of a file of these tensors, in this order."""
     tree: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
@@ -165,9 +165,9 @@ def header(tensors: Sequence[Outgoing]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def shards(tensors: Sequence[Outgoing], most: int) -> Iterator[list[Outgoing]]:
+def shards(tensors: Sequence[OutputTensor], most: int) -> Iterator[list[OutputTensor]]:
     """Tensors in files of at most `most` bytes, in their order; one that is larger has a file of its own."""
-    file: list[Outgoing] = []
+    file: list[OutputTensor] = []
     size = 0
     for tensor in tensors:
         if file and size + tensor.bytes > most:
@@ -179,7 +179,7 @@ def shards(tensors: Sequence[Outgoing], most: int) -> Iterator[list[Outgoing]]:
         yield aligned(file)
 
 
-def aligned(tensors: Sequence[Outgoing]) -> list[Outgoing]:
+def aligned(tensors: Sequence[OutputTensor]) -> list[OutputTensor]:
     """Wide dtypes first, so that each begins at a multiple of its size."""
     return sorted(tensors, key=lambda tensor: -DTYPES[tensor.dtype][1])
 

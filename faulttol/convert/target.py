@@ -124,7 +124,7 @@ def write_all(
         raise
 
 
-class Counted(Protocol):
+class ByteCounter(Protocol):
     """What values are read from."""
 
     bytes: int
@@ -191,7 +191,7 @@ class ConversionTarget:
         return f"{self._store.url.rstrip('/')}/{folder_of(self._step)}", size
 
     def run(
-        self, origin: Counted, facts: dict[str, Any], notes: tuple[str, ...], progress: Progress
+        self, origin: ByteCounter, facts: dict[str, Any], notes: tuple[str, ...], progress: Progress
     ) -> ConversionResult:
         """`write`, and what came of it.
 

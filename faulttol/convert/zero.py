@@ -20,7 +20,7 @@ import numpy as np
 
 from configs.errors import UserError
 from faulttol.checkpoint.store import StoreLike
-from faulttol.convert.assemble import Fill, Into, imported
+from faulttol.convert.assemble import Fill, ImportDestination, imported
 from faulttol.convert.facts import COUNT, facts, fingerprint
 from faulttol.convert.job import ConversionJob
 from faulttol.convert.names import KEEP, NameRule, place
@@ -84,7 +84,7 @@ def import_zero(
     lineage = [{"how": "import", "format": "deepspeed", "from": str(folder)}]
     notes = [f"left out by the map of names: {len(left)} tensors"] if left else []
     small = facts(fingerprint(*fill) if fill is not None else {}, lineage)
-    return imported(tensors, placed, Into(out, run, step or 0, small), notes=notes, fill=fill)
+    return imported(tensors, placed, ImportDestination(out, run, step or 0, small), notes=notes, fill=fill)
 
 
 def _tagged(path: Path, tag: str | None) -> Path:

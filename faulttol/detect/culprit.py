@@ -1,13 +1,13 @@
-"""Which rank the others wait for: the one that waits for nobody. Pure."""
+"""Which rank the others wait for: a sink of the wait-for graph, or a cycle in it. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from faulttol.detect.snapshot import GroupSeen, RankSeen
+from faulttol.detect.snapshot import GroupStatus, RankObservation
+from faulttol.progress_report import DEVICE
 from faulttol.recorder import PhaseMark, RankPhase, Record
-from faulttol.signs import DEVICE
 
 _SAME_MOMENT = 5.0
 """Seconds by which ranks that save may differ in their last sign of progress, which comes with each few MiB."""
@@ -15,24 +15,24 @@ _SAME_MOMENT = 5.0
 
 @dataclass(frozen=True)
 class Culprit:
-    """Who is behind."""
+    """The ranks that block the others."""
 
     ranks: list[int]
-    because: str = ""
+    reason: str = ""
     """What the others wait for them in; empty where records alone tell."""
-    ring: bool = False
+    cycle: bool = False
     """They wait for each other."""
 
 
-def held(living: Iterable[RankSeen], since: float) -> list[RankSeen]:
-    """Ranks that can't get on, as of that time at least: stopped processes, the first one first."""
+def stopped_ranks(living: Iterable[RankObservation], since: float) -> list[RankObservation]:
+    """Ranks whose processes have been stopped since that time at least, the first one first."""
     stopped = [rank for rank in living if rank.held_since is not None and rank.held_since <= since]
     return sorted(stopped, key=lambda rank: (rank.held_since or 0.0, rank.rank))
 
 
-def asleep(
-    living: Sequence[RankSeen], world: int, ranks: Mapping[int, RankSeen], since: float
-) -> list[RankSeen]:
+def sleeping_ranks(
+    living: Sequence[RankObservation], world: int, ranks: Mapping[int, RankObservation], since: float
+) -> list[RankObservation]:
     """Ranks that sleep while all the others wait for them; none where one isn't known to do either.
 
     A rank that runs, or waits for a file, a device or another host, may come back, and so may what waits for it.
@@ -56,7 +56,7 @@ def asleep(
     ]
     if not asleep_ones:
         return left if left and len(waiting) == len(living) else []
-    edges = _edges(living)
+    edges = _wait_for_graph(living)
     # A device may wait for peers: where its rank has entered a collective that a sleeper hasn't, it does.
     sleepers = {rank.rank for rank in asleep_ones}
     waiting |= {
@@ -72,12 +72,12 @@ def asleep(
         return []
     named = [rank for rank in asleep_ones if rank.rank in names]
     records = {rank.rank: rank.newest for rank in named if rank.newest is not None}
-    first = behind(records) if len(records) == len(named) else sorted(names)
+    first = lagging_ranks(records) if len(records) == len(named) else sorted(names)
     return sorted(named, key=lambda rank: (rank.rank not in first, rank.rank))
 
 
-def is_waiting(rank: RankSeen) -> bool:
-    """It says itself that it waits for others."""
+def is_waiting(rank: RankObservation) -> bool:
+    """Whether its own report or record says that it waits for other ranks."""
     newest = rank.newest
     own_part_done = (
         newest is not None and newest.phase is RankPhase.COLLECTIVE and newest.mark is PhaseMark.BEGIN
@@ -85,7 +85,7 @@ def is_waiting(rank: RankSeen) -> bool:
     return rank.waits not in ("", DEVICE) or own_part_done
 
 
-def waited_for(seen: Mapping[int, RankSeen]) -> Culprit:
+def blocking_ranks(seen: Mapping[int, RankObservation]) -> Culprit:
     """The ranks that the others wait for.
 
     1. A stopped process, whatever it waited for.
@@ -97,29 +97,29 @@ def waited_for(seen: Mapping[int, RankSeen]) -> Culprit:
     stopped = [rank for rank in sorted(seen) if seen[rank].held_since is not None]
     if stopped:
         return Culprit(stopped, f", {seen[stopped[0]].held or 'stopped'}")
-    edges = _edges(seen.values())
+    edges = _wait_for_graph(seen.values())
     wanted = {to for targets in edges.values() for to in targets}
     candidates = sorted(rank for rank in wanted if not edges.get(rank))
     ring = bool(wanted) and not candidates
     if ring:
-        return Culprit(sorted(wanted), "; each has entered a collective that another hasn't", ring=True)
-    because = _because(seen, candidates)
+        return Culprit(sorted(wanted), "; each has entered a collective that another hasn't", cycle=True)
+    because = _missing_collective(seen, candidates)
     candidates = candidates or sorted(seen)
     awake = [rank for rank in candidates if not is_waiting(seen[rank])]
     if awake and len(awake) < len(seen):
         candidates = awake
     records = {rank: record for rank in candidates if (record := seen[rank].newest) is not None}
-    ranks = behind(records) if records else candidates
+    ranks = lagging_ranks(records) if records else candidates
     return Culprit(ranks, because)
 
 
-def behind(records: Mapping[int, Record]) -> list[int]:
-    """Ranks with the fewest steps and, among these, the fewest records; where they save, those that got on the least.
+def lagging_ranks(records: Mapping[int, Record]) -> list[int]:
+    """Ranks with the fewest steps and, among these, the fewest records; where they save, those that stopped first.
 
     With one rank stopped, its peers have all entered the collective that it hasn't, so their newest records lie after its
     own. Of ranks that stand in one save, those are behind that stopped renewing their record first.
     """
-    places = {rank: _place(record) for rank, record in records.items()}
+    places = {rank: _progress(record) for rank, record in records.items()}
     least = min(places.values())
     last = sorted(rank for rank, place in places.items() if place == least)
     if all(records[r].phase is RankPhase.CHECKPOINT and records[r].mark is PhaseMark.BEGIN for r in last):
@@ -128,17 +128,17 @@ def behind(records: Mapping[int, Record]) -> list[int]:
     return last
 
 
-def _place(record: Record) -> tuple[int, int]:
-    """Where a rank is: its step, and its records so far. A save that follows the end of a step belongs to that step."""
+def _progress(record: Record) -> tuple[int, int]:
+    """How far a rank is: its step, and its records so far. A save that follows the end of a step belongs to that step."""
     return record.step, record.sequence
 
 
-def _edges(seen: Iterable[RankSeen]) -> dict[int, set[int]]:
+def _wait_for_graph(seen: Iterable[RankObservation]) -> dict[int, set[int]]:
     """By rank, the ranks that it waits for: it has entered a collective that they haven't.
 
     Of a group's ranks only the most backward ones are waited for: the others may be waiting too.
     """
-    groups: dict[str, dict[int, GroupSeen]] = {}
+    groups: dict[str, dict[int, GroupStatus]] = {}
     for rank in seen:
         for group in rank.groups:
             groups.setdefault(group.name, {})[rank.rank] = group
@@ -152,7 +152,7 @@ def _edges(seen: Iterable[RankSeen]) -> dict[int, set[int]]:
     return edges
 
 
-def _because(seen: Mapping[int, RankSeen], candidates: Sequence[int]) -> str:
+def _missing_collective(seen: Mapping[int, RankObservation], candidates: Sequence[int]) -> str:
     """The collective that the first of the candidates hasn't entered."""
     if not candidates:
         return ""

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from configs.errors import STOPPED_EXIT, USER_ERROR_EXIT, ReplicasDiffer, WrongReplica
-from faulttol.detect.snapshot import RankSeen, Snapshot
-from faulttol.exits import words_blame_peer
+from faulttol.detect.snapshot import RankObservation, Snapshot
+from faulttol.exits import text_blames_peer
 from faulttol.verdicts import Verdict, VerdictKind
 
 _SAME_MOMENT = 2.0
@@ -22,10 +22,10 @@ _HEARTBEATS = 3.0
 """Heartbeats for which a rank that died of a peer waits for the peer's end to be reported."""
 _LEAST_WAIT = 3.0
 """Seconds for which it waits at least."""
-_MOST = 16
+_MAX_NAMED = 16
 """Ranks that are named where many died at once, the first ones."""
 _LINGER = 10.0
-"""Seconds after which a rank that has written what it ends by, and lives on, counts as dead."""
+"""Seconds after its exit report at which a rank that still lives counts as dead."""
 
 
 def judge(snapshot: Snapshot) -> list[Verdict]:
@@ -44,30 +44,30 @@ def judge(snapshot: Snapshot) -> list[Verdict]:
     dead = [rank for rank in snapshot.ranks.values() if _is_dead(rank, snapshot.now)]
     if not dead:
         return []
-    dead.sort(key=lambda r: (_died(r, snapshot.now), r.rank))
+    dead.sort(key=lambda r: (_death_time(r, snapshot.now), r.rank))
     mistaken = [r for r in dead if r.exit_code == USER_ERROR_EXIT]
     if mistaken:
         # Of those that were only informed of it, none where one wasn't.
         first = min(mistaken, key=_blames_peer)
-        if _blames_peer(first) and _may_still_be_told(snapshot, dead[0]):
+        if _blames_peer(first) and _cause_may_be_pending(snapshot, dead[0]):
             return []
-        return [_verdict(snapshot, first, VerdictKind.USER_ERROR, _mistake(first))]
+        return [_verdict(snapshot, first, VerdictKind.USER_ERROR, _user_error_text(first))]
     own = [r for r in dead if not _blames_peer(r)]
-    drifted = _drifted(snapshot, own)
+    drifted = _replica_verdicts(snapshot, own)
     if drifted:
         return drifted
     sure = [r for r in own if not _may_be_a_watchdog(r)]
     if sure:
         own = sure
-    elif _may_still_be_told(snapshot, dead[0]):
+    elif _cause_may_be_pending(snapshot, dead[0]):
         return []
     if own:
-        began = _died(own[0], snapshot.now)
-        named = [r for r in own if _died(r, snapshot.now) - began <= _SAME_MOMENT]
-        more = f"; and {len(named) - _MOST} more ended then" if len(named) > _MOST else ""
+        began = _death_time(own[0], snapshot.now)
+        named = [r for r in own if _death_time(r, snapshot.now) - began <= _SAME_MOMENT]
+        more = f"; and {len(named) - _MAX_NAMED} more ended then" if len(named) > _MAX_NAMED else ""
         return [
-            _verdict(snapshot, r, VerdictKind.RANK_EXIT, _how(r) + more * (r is named[0]))
-            for r in named[:_MOST]
+            _verdict(snapshot, r, VerdictKind.RANK_EXIT, _exit_text(r) + more * (r is named[0]))
+            for r in named[:_MAX_NAMED]
         ]
     return _without_a_cause(snapshot, dead)
 
@@ -77,32 +77,32 @@ def any_dead(snapshot: Snapshot) -> bool:
     return any(_is_dead(rank, snapshot.now) for rank in snapshot.ranks.values())
 
 
-def _is_dead(rank: RankSeen, now: float) -> bool:
+def _is_dead(rank: RankObservation, now: float) -> bool:
     if rank.exit_code is not None:
         return rank.exit_code != 0
     return rank.raised is not None and now - rank.raised.time > _LINGER
 
 
-def _died(rank: RankSeen, now: float) -> float:
-    """When it began to end, as it said itself or else as the kernel did."""
+def _death_time(rank: RankObservation, now: float) -> float:
+    """When it began to end, by its exit report or else by the kernel."""
     times = [t for t in (rank.exit_time, rank.raised.time if rank.raised else None) if t is not None]
     return min(times, default=now)
 
 
-def _blames_peer(rank: RankSeen) -> bool:
+def _blames_peer(rank: RankObservation) -> bool:
     if rank.exit_code is not None and rank.exit_code < 0 and -rank.exit_code != signal.SIGABRT:
         return False  # whatever it was about to say, it was killed
-    return rank.raised.blames_peer if rank.raised else words_blame_peer(rank.last_words)
+    return rank.raised.blames_peer if rank.raised else text_blames_peer(rank.last_words)
 
 
-def _may_be_a_watchdog(rank: RankSeen) -> bool:
+def _may_be_a_watchdog(rank: RankObservation) -> bool:
     """Ended as communication libraries end a process that has lost its peer: by an abort, without an error in Python."""
     return rank.raised is None and rank.exit_code == -signal.SIGABRT
 
 
-def _may_still_be_told(snapshot: Snapshot, first: RankSeen) -> bool:
-    """The end of a rank or node that began it may be on its way."""
-    waited = snapshot.now - _died(first, snapshot.now)
+def _cause_may_be_pending(snapshot: Snapshot, first: RankObservation) -> bool:
+    """Whether the exit that caused the others may not have been reported yet."""
+    waited = snapshot.now - _death_time(first, snapshot.now)
     beat = snapshot.timeouts.seconds("heartbeat")
     living = sum(not rank.ended for rank in snapshot.ranks.values()) + snapshot.world - len(snapshot.ranks)
     bound = max(_LEAST_WAIT, _HEARTBEATS * beat)
@@ -112,23 +112,23 @@ def _may_still_be_told(snapshot: Snapshot, first: RankSeen) -> bool:
     return silent and waited < bound + snapshot.timeouts.seconds("agent")
 
 
-def _drifted(snapshot: Snapshot, own: Sequence[RankSeen]) -> list[Verdict]:
-    """What ranks say of copies that differ; an accused node bears the blame, so without proof none is named."""
-    words: dict[str, list[tuple[RankSeen, str]]] = {}
+def _replica_verdicts(snapshot: Snapshot, own: Sequence[RankObservation]) -> list[Verdict]:
+    """Verdicts on replicas that differ; a named node may be cordoned, so without proof none is named."""
+    words: dict[str, list[tuple[RankObservation, str]]] = {}
     for rank in own:
         name, _, text = rank.raised.error.partition(": ") if rank.raised else ("", "", "")
         words.setdefault(name, []).append((rank, text))
     kind = VerdictKind.REPLICAS_DIFFER
     wrong = words.get(WrongReplica.__name__, [])
     if wrong:
-        return [_verdict(snapshot, rank, kind, text) for rank, text in wrong[:_MOST]]
+        return [_verdict(snapshot, rank, kind, text) for rank, text in wrong[:_MAX_NAMED]]
     unsure = words.get(ReplicasDiffer.__name__, [])
     return [replace(_verdict(snapshot, rank, kind, text), rank=None, node=None) for rank, text in unsure[:1]]
 
 
-def _without_a_cause(snapshot: Snapshot, dead: Sequence[RankSeen]) -> list[Verdict]:
-    """All that died blame a peer."""
-    first = _died(dead[0], snapshot.now)
+def _without_a_cause(snapshot: Snapshot, dead: Sequence[RankObservation]) -> list[Verdict]:
+    """The verdict where every dead rank blames a peer."""
+    first = _death_time(dead[0], snapshot.now)
     why = f"rank {dead[0].rank} and {len(dead) - 1} more" if len(dead) > 1 else f"rank {dead[0].rank}"
     living = [r for r in snapshot.ranks.values() if not _is_dead(r, snapshot.now) and not r.ended]
     stuck = [r for r in living if r.held_since is not None]
@@ -148,20 +148,20 @@ def _without_a_cause(snapshot: Snapshot, dead: Sequence[RankSeen]) -> list[Verdi
             f"rank {one.rank} ended with code 0 while its peers still worked: {why} lost the connection to it"
         )
         return [_verdict(snapshot, one, VerdictKind.RANK_EXIT, detail)]
-    how = _how(dead[0])
+    how = _exit_text(dead[0])
     detail = f"{how}; every dead rank blames a peer: look at the network between their nodes"
     verdict = _verdict(snapshot, dead[0], VerdictKind.RANK_EXIT, detail)
     return [verdict]
 
 
-def _mistake(rank: RankSeen) -> str:
+def _user_error_text(rank: RankObservation) -> str:
     words = rank.last_words.removeprefix("megaray: ")
     if not words and rank.raised is not None:
         words = rank.raised.error.removeprefix("UserError: ")
     return words or "the program refused its configuration"
 
 
-def _how(rank: RankSeen) -> str:
+def _exit_text(rank: RankObservation) -> str:
     reason = rank.raised.error if rank.raised else rank.last_words
     words = f": {reason}" if reason else ""
     code = rank.exit_code
@@ -179,8 +179,8 @@ def _how(rank: RankSeen) -> str:
 
 
 def _verdict(
-    snapshot: Snapshot, rank: RankSeen, kind: VerdictKind, detail: str, time: float | None = None
+    snapshot: Snapshot, rank: RankObservation, kind: VerdictKind, detail: str, time: float | None = None
 ) -> Verdict:
-    when = _died(rank, snapshot.now) if time is None else time
+    when = _death_time(rank, snapshot.now) if time is None else time
     node, evidence = snapshot.nodes.get(rank.rank), snapshot.log(rank.rank)
     return Verdict(kind, detail, rank.rank, node, when, evidence)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 
 from configs.timeouts import Timeouts
 from faulttol.detect import culprit, death
-from faulttol.detect.snapshot import RankSeen, Snapshot
+from faulttol.detect.snapshot import RankObservation, Snapshot
 from faulttol.recorder import PhaseMark, RankPhase, Record
 from faulttol.verdicts import Verdict, VerdictKind
 
@@ -47,25 +47,27 @@ def judge(snapshot: Snapshot) -> list[Verdict]:
     """
     if not snapshot.ranks or death.any_dead(snapshot) or snapshot.refused or snapshot.gone:
         return []
-    return _early(snapshot) or (_late(snapshot) if snapshot.first_step_done else _start(snapshot))
+    return _stuck_rank(snapshot) or (
+        _hang_timeout(snapshot) if snapshot.first_step_done else _start_timeout(snapshot)
+    )
 
 
-def _early(snapshot: Snapshot) -> list[Verdict]:
+def _stuck_rank(snapshot: Snapshot) -> list[Verdict]:
     beat, hang = snapshot.timeouts.seconds("heartbeat"), snapshot.timeouts.seconds("hang")
     living = [rank for rank in snapshot.ranks.values() if not rank.ended]
     times = [rank.newest.time for rank in living if rank.newest is not None]
     if not times or any(seconds > _HEARTBEATS * beat for seconds in snapshot.silent.values()):
         return []
-    silence, named = snapshot.now - max(times), list[RankSeen]()
+    silence, named = snapshot.now - max(times), list[RankObservation]()
     held, asleep = max(hang * HELD, LEAST_EARLY), max(hang * ASLEEP, LEAST_EARLY)
     if silence >= held:
-        named = culprit.held(living, snapshot.now - held * _SEEN)
+        named = culprit.stopped_ranks(living, snapshot.now - held * _SEEN)
     if not named and silence >= asleep:
-        named = culprit.asleep(living, snapshot.world, snapshot.ranks, snapshot.now - asleep * _SEEN)
+        named = culprit.sleeping_ranks(living, snapshot.world, snapshot.ranks, snapshot.now - asleep * _SEEN)
     if not named:
         return []
     one = named[0]
-    where = f", {_where(one.newest)}" if one.newest else ""
+    where = f", {_position_text(one.newest)}" if one.newest else ""
     also = (
         f"; so {'is' if len(named) == 2 else 'are'} {_ranks([r.rank for r in named[1:]])}"
         if named[1:]
@@ -82,25 +84,27 @@ def _early(snapshot: Snapshot) -> list[Verdict]:
     return [_verdict(snapshot, one.rank, kind, detail, max(times))]
 
 
-def _start(snapshot: Snapshot) -> list[Verdict]:
+def _start_timeout(snapshot: Snapshot) -> list[Verdict]:
     """Before the first step, by `timeouts.start`."""
     timeouts, waited, records = snapshot.timeouts, snapshot.since_start, _records(snapshot)
-    preparing = len(records) == snapshot.world and all(_is_in(r, RankPhase.DATA, 0) for r in records.values())
+    preparing = len(records) == snapshot.world and all(
+        _in_phase(r, RankPhase.DATA, 0) for r in records.values()
+    )
     limit = timeouts.seconds("start") * (PREPARE_FACTOR if preparing else 1.0)
-    if waited <= limit or _gets_on(records.values(), snapshot.now, timeouts):
+    if waited <= limit or _makes_progress(records.values(), snapshot.now, timeouts):
         return []
     missing = [rank for rank in range(snapshot.world) if rank not in records]
     if missing:
         who, rank = f"{_ranks(missing)} recorded nothing", missing[0]
     else:
-        blamed = culprit.waited_for({rank: snapshot.ranks[rank] for rank in records})
-        who, rank = _behind_text(blamed, records), blamed.ranks[0]
+        blamed = culprit.blocking_ranks({rank: snapshot.ranks[rank] for rank in records})
+        who, rank = _lag_text(blamed, records), blamed.ranks[0]
     return [
         _verdict(snapshot, rank, VerdictKind.START_TIMEOUT, f"no step was finished in {waited:.0f} s: {who}")
     ]
 
 
-def _late(snapshot: Snapshot) -> list[Verdict]:
+def _hang_timeout(snapshot: Snapshot) -> list[Verdict]:
     """After the first step, by `timeouts.hang`."""
     records = _records(snapshot)
     if not records:
@@ -109,11 +113,11 @@ def _late(snapshot: Snapshot) -> list[Verdict]:
     silence = snapshot.now - last
     if silence <= hang:
         return []
-    blamed = culprit.waited_for({rank: snapshot.ranks[rank] for rank in records})
-    saving = all(_is_in(records[rank], RankPhase.CHECKPOINT) for rank in blamed.ranks)
+    blamed = culprit.blocking_ranks({rank: snapshot.ranks[rank] for rank in records})
+    saving = all(_in_phase(records[rank], RankPhase.CHECKPOINT) for rank in blamed.ranks)
     if saving and silence <= hang * SAVE_FACTOR:
         return []
-    detail = f"no rank has made progress for {silence:.0f} s: {_behind_text(blamed, records)}"
+    detail = f"no rank has made progress for {silence:.0f} s: {_lag_text(blamed, records)}"
     return [_verdict(snapshot, blamed.ranks[0], VerdictKind.HANG, detail, last)]
 
 
@@ -122,28 +126,28 @@ def _records(snapshot: Snapshot) -> dict[int, Record]:
     return {r.rank: r.newest for r in snapshot.ranks.values() if r.newest is not None and not r.ended}
 
 
-def _is_in(record: Record, phase: RankPhase, step: int | None = None) -> bool:
+def _in_phase(record: Record, phase: RankPhase, step: int | None = None) -> bool:
     """The rank has begun `phase` (of `step`) and nothing since."""
     return record.phase is phase and record.mark is PhaseMark.BEGIN and step in (None, record.step)
 
 
-def _gets_on(records: Iterable[Record], now: float, timeouts: Timeouts) -> bool:
-    """A rank that begins or loads has shown progress lately."""
+def _makes_progress(records: Iterable[Record], now: float, timeouts: Timeouts) -> bool:
+    """Whether a rank that begins or loads made a record lately."""
     hang = timeouts.seconds("hang")
     return any(r.phase in _BEGINNING and r.mark is PhaseMark.BEGIN and now - r.time <= hang for r in records)
 
 
-def _behind_text(blamed: culprit.Culprit, records: Mapping[int, Record]) -> str:
+def _lag_text(blamed: culprit.Culprit, records: Mapping[int, Record]) -> str:
     """Who is behind and where."""
     ranks, record = blamed.ranks, records[blamed.ranks[0]]
-    if blamed.ring:
-        return f"{_ranks(ranks)} wait for each other{blamed.because}"
+    if blamed.cycle:
+        return f"{_ranks(ranks)} wait for each other{blamed.reason}"
     if len(ranks) == len(records):
-        return f"all ranks are stuck {_where(record)}"
-    return f"{_ranks(ranks)} {'is' if len(ranks) == 1 else 'are'} behind, {_where(record)}{blamed.because}"
+        return f"all ranks are stuck {_position_text(record)}"
+    return f"{_ranks(ranks)} {'is' if len(ranks) == 1 else 'are'} behind, {_position_text(record)}{blamed.reason}"
 
 
-def _where(record: Record) -> str:
+def _position_text(record: Record) -> str:
     if record.mark is PhaseMark.STEP:
         return f"after the end of step {record.step}"
     of = f" of step {record.step}" if record.step else ""  # a start has none, whichever step it begins at

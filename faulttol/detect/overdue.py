@@ -19,7 +19,7 @@ def judge(snapshot: Snapshot) -> list[Verdict]:
         return []
     since = saves.step - saves.saved_step
     if saves.failing >= saves.max_failed:
-        detail = f"{failed(saves.failing)} since step {saves.saved_step}: {saves.error}"
+        detail = f"{failed_saves(saves.failing)} since step {saves.saved_step}: {saves.error}"
     elif since > INTERVALS * saves.interval:
         detail = (
             f"nothing was saved for {since} steps, since step {saves.saved_step}, where a save is due every "
@@ -30,6 +30,6 @@ def judge(snapshot: Snapshot) -> list[Verdict]:
     return [Verdict(VerdictKind.CHECKPOINT_OVERDUE, detail)]
 
 
-def failed(count: int) -> str:
+def failed_saves(count: int) -> str:
     """1 save failed, 3 saves failed."""
     return f"{count} save{'' if count == 1 else 's'} failed"

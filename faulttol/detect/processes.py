@@ -46,7 +46,7 @@ def tree(pid: int) -> list[ProcessRow]:
 RUNNING = "running"
 
 
-def idle(processes: Sequence[ProcessRow], gang: frozenset[str], observer: int = 0) -> str:
+def blocking_syscall(processes: Sequence[ProcessRow], gang: frozenset[str], observer: int = 0) -> str:
     """The system call that the first process's main thread stands in, where no thread of all of them waits for a file, a
     device or a host outside the gang; `RUNNING` where one of them runs or would if it got a processor; else empty.
 
@@ -66,14 +66,18 @@ def idle(processes: Sequence[ProcessRow], gang: frozenset[str], observer: int = 
         for thread in _threads(process.pid):
             if thread == observer:
                 continue
-            call = _call(process.pid, thread, calls, reads)
+            call = _thread_syscall(process.pid, thread, calls, reads)
             if not call:
                 return ""
             runs = runs or call == RUNNING
             main = main or call  # of the main thread, which is listed first
     if runs:
         return RUNNING
-    return "" if any(_elsewhere(process.pid, gang) for process in processes if process.state != "Z") else main
+    return (
+        ""
+        if any(_connected_outside(process.pid, gang) for process in processes if process.state != "Z")
+        else main
+    )
 
 
 def _threads(pid: int) -> list[int]:
@@ -101,7 +105,7 @@ def _all_children(pid: int) -> list[int]:
     return [one.pid for one in proc.table().values() if one.parent == pid]
 
 
-def _call(pid: int, thread: int, calls: dict[int, str], reads: dict[int, str]) -> str:
+def _thread_syscall(pid: int, thread: int, calls: dict[int, str], reads: dict[int, str]) -> str:
     """Name of the system call that a thread sleeps in; empty where it does anything else."""
     try:
         words = (PROC / str(pid) / "task" / str(thread) / "syscall").read_text().split()
@@ -123,7 +127,7 @@ def _call(pid: int, thread: int, calls: dict[int, str], reads: dict[int, str]) -
     return ""
 
 
-def _elsewhere(pid: int, gang: frozenset[str]) -> bool:
+def _connected_outside(pid: int, gang: frozenset[str]) -> bool:
     """Whether a process holds a connection to a host outside the gang."""
     inodes = set()
     try:

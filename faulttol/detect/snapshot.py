@@ -13,8 +13,8 @@ if TYPE_CHECKING:  # pydantic needn't load for what reads checkpoints
 
 
 @dataclass(frozen=True)
-class Raised:
-    """How a rank says that it ends, written by itself before anything is torn down."""
+class ExitReport:
+    """The error that a rank ends by, as it writes it before anything is torn down."""
 
     time: float
     """Seconds since the epoch, by the clock of its node."""
@@ -25,7 +25,7 @@ class Raised:
 
 
 @dataclass(frozen=True)
-class GroupSeen:
+class GroupStatus:
     """One communicator as one of its ranks sees it."""
 
     name: str
@@ -39,7 +39,7 @@ class GroupSeen:
 
 
 @dataclass(frozen=True)
-class RankSeen:
+class RankObservation:
     """One rank as its node agent sees it."""
 
     rank: int
@@ -50,18 +50,18 @@ class RankSeen:
     """When the kernel reported its end, in seconds since the epoch."""
     newest: Record | None = None
     """Newest record of its ring."""
-    groups: tuple[GroupSeen, ...] = ()
+    groups: tuple[GroupStatus, ...] = ()
     """Its communicators, where it has reported them."""
-    raised: Raised | None = None
+    raised: ExitReport | None = None
     """What it wrote before it ended by an error."""
     last_words: str = ""
     """Last line of its log, once it has ended."""
     state: str = ""
     """The kernel's state of the process (`R`, `S`, `D`, `T` stopped, `Z`), empty where it isn't known."""
     waits: str = ""
-    """Distributed call that it stands in, such as `all_reduce`, where it tells; `device` where it waits for its device."""
+    """Distributed call that it reports to be in, such as `all_reduce`; `device` where it waits for its device."""
     held_since: float | None = None
-    """Since when it can't get on: it, or a process that it has started, is stopped (state `T`)."""
+    """Since when it, or a process that it has started, is stopped (state `T`)."""
     asleep_since: float | None = None
     """Since when no thread of it and of its processes has run or waited for a file, a device or another host."""
     held: str = ""
@@ -72,7 +72,7 @@ class RankSeen:
         """Its process is gone."""
         return self.exit_code is not None
 
-    def shifted(self, seconds: float) -> RankSeen:
+    def shifted(self, seconds: float) -> RankObservation:
         """The same with its times by a clock that is `seconds` ahead of its node's."""
         newest = replace(self.newest, time=self.newest.time + seconds) if self.newest else None
         raised = replace(self.raised, time=self.raised.time + seconds) if self.raised else None
@@ -91,8 +91,8 @@ def _later(time: float | None, seconds: float) -> float | None:
 
 
 @dataclass(frozen=True)
-class SavesSeen:
-    """How the saves of an attempt go."""
+class SavesStatus:
+    """How far the saves of an attempt are."""
 
     step: int
     """Newest finished one."""
@@ -116,7 +116,7 @@ class Snapshot:
     since_start: float
     """Seconds since its ranks were started, by a monotonic clock."""
     world: int
-    ranks: Mapping[int, RankSeen]
+    ranks: Mapping[int, RankObservation]
     """Those that were seen; others have reported nothing yet."""
     nodes: Mapping[int, str]
     """Rank -> address of its node."""
@@ -133,7 +133,7 @@ class Snapshot:
     """Why no node could start the ranks: a user's mistake; empty otherwise."""
     gone: str = ""
     """Why nothing of the attempt can be found any more; empty otherwise."""
-    saves: SavesSeen | None = None
+    saves: SavesStatus | None = None
     """None where the state isn't saved, or nothing is known of it yet."""
     logs: str = ""
     """Folder of the ranks' logs, `<rank, five digits>.log`."""

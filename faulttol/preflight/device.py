@@ -8,7 +8,7 @@ from statistics import median
 
 import torch
 
-from faulttol.preflight.host import timed
+from faulttol.preflight.host import run_check
 from faulttol.preflight.result import Check, CheckOutcome
 
 _SLOW = 0.8
@@ -30,15 +30,15 @@ def checks() -> list[Check]:
     rates: dict[str, float] = {}
     for device in devices():
         size = _SIZES[device.type]
-        looks.append(timed(f"{device} memory", partial(memory, device)))
-        looks.append(timed(f"{device} exactness", partial(exactness, device, size)))
+        looks.append(run_check(f"{device} memory", partial(memory, device)))
+        looks.append(run_check(f"{device} exactness", partial(exactness, device, size)))
 
         def look(device: torch.device = device, size: int = size) -> tuple[CheckOutcome, str]:
             rates[str(device)] = rate(device, size)
             return CheckOutcome.GOOD, f"{rates[str(device)] / 1e12:.2f} TFLOP/s, bf16, {size} x {size}"
 
-        looks.append(timed(f"{device} matmul", look))
-    return [*looks, timed("matmul rates", lambda: compared(rates))]
+        looks.append(run_check(f"{device} matmul", look))
+    return [*looks, run_check("matmul rates", lambda: slow_devices(rates))]
 
 
 def memory(device: torch.device) -> tuple[CheckOutcome, str]:
@@ -94,7 +94,7 @@ def rate(device: torch.device, size: int) -> float:
     return 2 * size**3 / best
 
 
-def compared(rates: dict[str, float]) -> tuple[CheckOutcome, str]:
+def slow_devices(rates: dict[str, float]) -> tuple[CheckOutcome, str]:
     """Devices that are much slower than their neighbours on the node."""
     if len(rates) < _LEAST_DEVICES:
         return CheckOutcome.GOOD, "too few devices to compare"

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from faulttol.preflight.result import Check, CheckOutcome
-from faulttol.proc import answer
+from faulttol.proc import run_bounded
 
 LEAST_MEMORY = 512 << 20
 """Bytes of host memory without which a rank can't even start."""
@@ -28,10 +28,10 @@ _DIAL_SECONDS = 2.0
 _LOOPBACK_BYTES = 8 << 20
 _GREETING = b"megaray\n"
 
-Look = Callable[[], tuple[CheckOutcome, str]]
+CheckFunction = Callable[[], tuple[CheckOutcome, str]]
 
 
-def timed(name: str, look: Look) -> Check:
+def run_check(name: str, look: CheckFunction) -> Check:
     """Look, and say how long it took. A look that fails by itself can't tell."""
     began = time.monotonic()
     try:
@@ -41,9 +41,9 @@ def timed(name: str, look: Look) -> Check:
     return Check(name, outcome, text, time.monotonic() - began)
 
 
-def quick(shared: Path = Path("/dev/shm")) -> list[Check]:  # noqa: S108  (node memory is what is looked at)
+def quick_checks(shared: Path = Path("/dev/shm")) -> list[Check]:  # noqa: S108  (node memory is what is looked at)
     """Host memory and shared memory: some microseconds."""
-    return [timed("host memory", host_memory), timed("shared memory", lambda: shared_memory(shared))]
+    return [run_check("host memory", host_memory), run_check("shared memory", lambda: shared_memory(shared))]
 
 
 def host_memory() -> tuple[CheckOutcome, str]:
@@ -71,7 +71,7 @@ def versions() -> dict[str, str]:
     return installed
 
 
-def told_versions() -> tuple[CheckOutcome, str]:
+def versions_check() -> tuple[CheckOutcome, str]:
     """The same as a check."""
     return CheckOutcome.GOOD, ", ".join(f"{name} {value}" for name, value in versions().items())
 
@@ -87,7 +87,7 @@ def device_tool(tool: str | None = None) -> tuple[CheckOutcome, str]:
     if tool is None:
         return CheckOutcome.GOOD, "no devices, or no tool that lists them"
     try:
-        done = answer([tool], _TOOL_SECONDS)
+        done = run_bounded([tool], _TOOL_SECONDS)
     except subprocess.TimeoutExpired:
         return CheckOutcome.BAD, f"{tool} doesn't answer in {_TOOL_SECONDS:.0f} s: the driver hangs"
     if done.returncode:
@@ -131,8 +131,10 @@ def loopback() -> tuple[CheckOutcome, str]:
 
 
 def neighbours(peers: Sequence[str]) -> tuple[CheckOutcome, str]:
-    """Whether the node reaches others, `HOST:PORT` of a `Beacon` each. One that reaches none of several is cut off;
-    where only some fail, it may be their fault."""
+    """Whether the node reaches others, `HOST:PORT` of a `ReachabilityServer` each.
+
+    One that reaches none of several is cut off; where only some fail, it may be their fault.
+    """
     failed = [peer for peer in peers if not _greets(peer)]
     if not failed:
         return CheckOutcome.GOOD, f"reaches {', '.join(peers)}" if peers else "no neighbours"
@@ -149,7 +151,7 @@ def _greets(peer: str) -> bool:
         return False
 
 
-class Beacon:
+class ReachabilityServer:
     """Answers neighbours that look whether this node can be reached."""
 
     def __init__(self) -> None:

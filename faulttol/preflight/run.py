@@ -16,11 +16,11 @@ def preflight(peers: Sequence[str] = (), arithmetic: bool = True) -> Preflight:
         arithmetic: also at its devices with torch: some seconds.
     """
     checks = [
-        *host.quick(),
-        host.timed("versions", host.told_versions),
-        host.timed("device tool", host.device_tool),
-        host.timed("loopback", host.loopback),
-        host.timed("neighbours", lambda: host.neighbours(peers)),
+        *host.quick_checks(),
+        host.run_check("versions", host.versions_check),
+        host.run_check("device tool", host.device_tool),
+        host.run_check("loopback", host.loopback),
+        host.run_check("neighbours", lambda: host.neighbours(peers)),
     ]
     if arithmetic:
         from faulttol.preflight import device  # torch loads here alone

@@ -20,7 +20,7 @@ BLOCKED_NS = 20_000
 
 
 @dataclass(frozen=True)
-class End:
+class CollectiveEnd:
     """The end of a collective on one rank that waited for it."""
 
     key: tuple[int, int]
@@ -44,7 +44,7 @@ class Alignment:
     """Collectives that were compared."""
 
 
-def align(nodes: Sequence[str], ends: Sequence[End]) -> Alignment:
+def align(nodes: Sequence[str], ends: Sequence[CollectiveEnd]) -> Alignment:
     """Compare clocks.
 
     Args:

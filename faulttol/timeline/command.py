@@ -12,7 +12,7 @@ import numpy as np
 
 from configs.errors import UserError
 from configs.paths import HomePaths, RunPaths, default_home
-from faulttol.commands.acts import CommandResult
+from faulttol.commands.handlers import CommandResult
 from faulttol.recorder import PhaseMark, RankPhase
 from faulttol.timeline.export import Timeline
 from faulttol.timeline.sources import Activity, activities

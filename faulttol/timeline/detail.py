@@ -28,7 +28,7 @@ _MAGIC = b"MDT1"
 
 
 @dataclass(frozen=True)
-class Chunk:
+class DetailChunk:
     """Records of one rank."""
 
     rank: int
@@ -59,7 +59,7 @@ class DetailLog:
     def __init__(self, path: Path, limit: int) -> None:
         self._path, self._limit = path, limit
 
-    def append(self, chunks: list[Chunk]) -> int:
+    def append(self, chunks: list[DetailChunk]) -> int:
         """Write chunks; the bytes that they took.
 
         Raises:
@@ -79,7 +79,7 @@ class DetailLog:
         return len(data)
 
 
-def _pack(chunk: Chunk) -> bytes:
+def _pack(chunk: DetailChunk) -> bytes:
     head: dict[str, Any] = {
         "rank": chunk.rank,
         "node": chunk.node,
@@ -88,7 +88,7 @@ def _pack(chunk: Chunk) -> bytes:
         "records": [len(chunk.phases), len(chunk.calls)],
     }
     if chunk.groups:
-        head["groups"] = {str(n): [g.name, trace.compact(g.ranks)] for n, g in chunk.groups.items()}
+        head["groups"] = {str(n): [g.name, trace.compact_ranks(g.ranks)] for n, g in chunk.groups.items()}
     if chunk.waiting is not None:
         head["waiting"] = vars(chunk.waiting)
     parts = [json.dumps(head).encode() + b"\n"]
@@ -100,7 +100,7 @@ def _pack(chunk: Chunk) -> bytes:
     return _HEAD.pack(_MAGIC, len(body), zlib.crc32(body)) + body
 
 
-def read(path: Path) -> Iterator[Chunk]:
+def read(path: Path) -> Iterator[DetailChunk]:
     """Chunks of a detail file and of the one before it, oldest first. What is cut short or damaged is stepped over."""
     for part in (path.with_name(path.name + ".1"), path):
         try:
@@ -118,7 +118,7 @@ def read(path: Path) -> Iterator[Chunk]:
                 at = data.find(_MAGIC, at + 1)
 
 
-def _unpack(body: bytes) -> Chunk:
+def _unpack(body: bytes) -> DetailChunk:
     head, _, data = zlib.decompress(body).partition(b"\n")
     tree = from_json(head)
     tables, at = [], 0
@@ -132,4 +132,6 @@ def _unpack(body: bytes) -> Chunk:
     groups = trace.groups_of(tree.get("groups", {}))
     first, last = tree["steps"]
     phases, calls = tables
-    return Chunk(tree["rank"], tree["node"], tree["offset"], first, last, phases, calls, groups, waiting)
+    return DetailChunk(
+        tree["rank"], tree["node"], tree["offset"], first, last, phases, calls, groups, waiting
+    )

@@ -15,10 +15,10 @@ from typing import IO, Any
 import numpy as np
 
 from faulttol.recorder import PhaseMark, RankPhase
-from faulttol.timeline.clocks import BLOCKED_NS, Alignment, End, align
+from faulttol.timeline.clocks import BLOCKED_NS, Alignment, CollectiveEnd, align
 from faulttol.timeline.sources import Activity
 from faulttol.timeline.steps import BEFORE
-from faulttol.timeline.trace import BATCHED, MEETING, Op, WaitLane
+from faulttol.timeline.trace import BATCHED, SYNCHRONIZING, Op, WaitLane
 
 _STEPS, _PHASES, _WAITS, _AUTOGRAD, _BESIDE, _SENDS, _DEVICE = range(1, 8)
 _THREADS = {
@@ -82,7 +82,7 @@ class Timeline:
         ]
         last: dict[tuple[int, int], tuple[int, int]] = {}
         for one in ranks.values():
-            for call in one.calls[_in(one.calls["op"], MEETING)].tolist():
+            for call in one.calls[_in(one.calls["op"], SYNCHRONIZING)].tolist():
                 named = dict(zip(one.calls.dtype.names or (), call, strict=True))
                 key = (named["group"], named["count"])
                 last[key] = max(last.get(key, (0, 0)), (named["issued"], one.rank))
@@ -209,7 +209,7 @@ class Timeline:
             if call["peer"] >= 0:
                 args["peer"] = call["peer"]
                 name += f" → {call['peer']}" if op is Op.SEND else f" ← {call['peer']}"
-            late = self.last.get((call["group"], call["count"])) if op in MEETING else None
+            late = self.last.get((call["group"], call["count"])) if op in SYNCHRONIZING else None
             if late is not None:
                 args |= {"last": late[0], "last_after_us": (late[1] - call["issued"]) / 1e3}
             if not call["flags"] & BATCHED:
@@ -288,12 +288,12 @@ def _names(one: Activity) -> Iterator[Event]:
         yield common | {"tid": thread, "name": "thread_sort_index", "args": {"sort_index": thread}}
 
 
-def _ends(ranks: Mapping[int, Activity]) -> Iterator[End]:
+def _ends(ranks: Mapping[int, Activity]) -> Iterator[CollectiveEnd]:
     for one in ranks.values():
         calls = one.calls[
-            _in(one.calls["op"], MEETING) & (one.calls["ended"] - one.calls["began"] >= BLOCKED_NS)
+            _in(one.calls["op"], SYNCHRONIZING) & (one.calls["ended"] - one.calls["began"] >= BLOCKED_NS)
         ]
         device = calls["device_ended"] > 0
         calls = calls[~device]  # the host's clock there is only estimated
         for group, count, ended in calls[["group", "count", "ended"]].tolist():
-            yield End((group, count), one.node, ended)
+            yield CollectiveEnd((group, count), one.node, ended)

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import UserError, nearest
-from faulttol.timeline.file import STORED
 from faulttol.timeline.reader import AttemptSteps
+from faulttol.timeline.step_file import STORED
 
 MODES = ("raw", "deviation")
 AXES = ("pp", "dp", "cp", "tp", "edp", "ep", "etp")
@@ -51,7 +51,7 @@ class HeatRow:
 
 
 @dataclass(frozen=True)
-class Heat:
+class HeatMap:
     """The map. Where a row has several ranks, or a column several steps, `mean` is theirs and `most` the largest."""
 
     request: HeatRequest
@@ -71,7 +71,7 @@ class Heat:
         return "s" if self.request.mode == "raw" else ""
 
 
-def heat(steps: AttemptSteps, request: HeatRequest, layout: Mapping[str, int]) -> Heat:
+def heat_map(steps: AttemptSteps, request: HeatRequest, layout: Mapping[str, int]) -> HeatMap:
     """The map of one attempt.
 
     Args:
@@ -102,7 +102,7 @@ def heat(steps: AttemptSteps, request: HeatRequest, layout: Mapping[str, int]) -
     rows = tuple(HeatRow(label, tuple(ranks[index].tolist())) for label, index in parts)
     shown = most[~np.isnan(most)]
     low, high = np.percentile(shown, (1, 99)).tolist() if shown.size else (float("nan"), float("nan"))
-    return Heat(request, window.edges, rows, mean, most, low, high)
+    return HeatMap(request, window.edges, rows, mean, most, low, high)
 
 
 def coordinates(layout: Mapping[str, int], ranks: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:

@@ -170,12 +170,12 @@ class Tracing:
             device = self._device
             event = device.event() if device is not None else None
             began = monotonic_ns()
-            self._trace.opened(calls[0], began)
+            self._trace.begin_wait(calls[0], began)
             try:
                 return inner(work, *args, **options)
             finally:
                 ended = monotonic_ns()
-                self._trace.closed()
+                self._trace.end_wait()
                 self._record(calls, began, ended, device, event)
 
         return wait
@@ -312,7 +312,7 @@ class _Device:
             return False
         with self._lock:
             self._open.append((calls, began, ended, lane, event, after))
-            self._trace.pending(self._open[0][1])
+            self._trace.mark_pending(self._open[0][1])
         return True
 
     def drain(self) -> None:
@@ -323,7 +323,7 @@ class _Device:
             while self._open and self._open[0][5].query():
                 calls, began, ended, lane, first, last = self._open.popleft()
                 start, stop = self._time(first), self._time(last)
-                self._trace.pending(self._open[0][1] if self._open else 0)
+                self._trace.mark_pending(self._open[0][1] if self._open else 0)
                 write(self._trace, calls, began, ended, lane, (start, max(start, stop)))
                 if (stop - self._anchor_ns) / 1e6 > _FAR:
                     self._anchor, self._anchor_ns = last, stop

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faulttol.timeline import codes
-from faulttol.timeline.file import (
+from faulttol.timeline.binning import BinTotals
+from faulttol.timeline.step_file import (
     BATCH,
     BLOCK,
     CAPACITIES,
@@ -29,7 +30,6 @@ from faulttol.timeline.file import (
     read_commit,
     shape_of,
 )
-from faulttol.timeline.joins import Total
 
 _AT_ONCE = 48
 """Files whose values are worked on together: so they stay in the processor's caches."""
@@ -82,19 +82,19 @@ class AttemptSteps:
     @property
     def ranks(self) -> NDArray[np.int64]:
         """Ranks that have a file, ascending."""
-        self._look()
+        self._refresh()
         return np.array(sorted(rank for one in self._files.values() for rank in one.shape.ranks), np.int64)
 
     @property
     def nodes(self) -> dict[str, tuple[int, ...]]:
         """Ranks by node."""
-        self._look()
+        self._refresh()
         return {one.shape.node: one.shape.ranks for one in self._files.values()}
 
     @property
     def span(self) -> tuple[int, int] | None:
         """First step, and the one after the last, that something is known of; None where there is none."""
-        self._look()
+        self._refresh()
         spans = [
             (c.first, c.first + c.columns[0])
             for c in (one.commit for one in self._files.values())
@@ -102,7 +102,7 @@ class AttemptSteps:
         ]
         return (min(a for a, _ in spans), max(b for _, b in spans)) if spans else None
 
-    def _look(self, again: bool = False) -> None:
+    def _refresh(self, again: bool = False) -> None:
         now = time.monotonic()
         if now - self._listed > _LIST or again:
             self._listed = now
@@ -110,7 +110,7 @@ class AttemptSteps:
         if now - self._looked > _FRESH or again:
             self._looked = now
             for one in self._files.values():
-                self._with(one, self._recommit)
+                self._with_open_file(one, self._recommit)
 
     def _list(self) -> None:
         try:
@@ -118,7 +118,7 @@ class AttemptSteps:
         except OSError:
             names = set()
         for name in self._files.keys() - names:
-            self._shut(self._files.pop(name))
+            self._close_file(self._files.pop(name))
         for name in sorted(names - self._files.keys()):
             path = self._folder / name
             try:
@@ -126,7 +126,7 @@ class AttemptSteps:
             except OSError as error:
                 if error.errno not in (errno.EMFILE, errno.ENFILE):
                     continue
-                self._shut_all()
+                self._close_all()
                 fd = os.open(path, os.O_RDONLY)
             try:
                 shape = shape_of(fd)
@@ -139,14 +139,14 @@ class AttemptSteps:
                 if shape is not None:
                     self._files[name].fd = -1
 
-    def _shut_all(self) -> None:
+    def _close_all(self) -> None:
         """The process has as many open files as it may: keep none."""
         self._keeps = False
         for one in self._files.values():
-            self._shut(one)
+            self._close_file(one)
 
     @staticmethod
-    def _shut(one: _File) -> None:
+    def _close_file(one: _File) -> None:
         if one.fd >= 0:
             os.close(one.fd)
             one.fd = -1
@@ -154,16 +154,16 @@ class AttemptSteps:
     def close(self) -> None:
         """Close the files."""
         for one in self._files.values():
-            self._shut(one)
+            self._close_file(one)
         self._files.clear()
 
-    def _with(self, one: _File, act: Any) -> Any:
+    def _with_open_file(self, one: _File, act: Any) -> Any:
         """What `act` gives of an open file; None where it can't be read."""
         if one.fd >= 0:
             try:
                 return act(one, one.fd)
             except OSError:  # a handle that a file server doesn't know any more, after a restart of it
-                self._shut(one)
+                self._close_file(one)
         try:
             fd = os.open(one.path, os.O_RDONLY)
         except OSError:
@@ -198,7 +198,7 @@ class AttemptSteps:
                 the files for steps that long ago.
             ranks: only these; None: all.
         """
-        self._look()
+        self._refresh()
         wanted = range(1 << 62) if ranks is None else ranks
         files = [one for one in self._files.values() if any(rank in wanted for rank in one.shape.ranks)]
         rows = np.array(sorted(rank for one in files for rank in one.shape.ranks), np.int64)
@@ -216,11 +216,11 @@ class AttemptSteps:
         edges = np.arange(begin, last + width, width, dtype=np.int64)
         means = np.full((len(rows), len(edges) - 1), np.nan, np.float32)
         mosts = means.copy()
-        for alike in _alike(files):
+        for alike in _group_alike(files):
             for at in range(0, len(alike), _AT_ONCE):
                 some = alike[at : at + _AT_ONCE]
                 own = np.searchsorted(rows, [rank for one in some for rank in one.shape.ranks])
-                means[own], mosts[own] = self._of(some, STORED.index(name), edges, level)
+                means[own], mosts[own] = self._read_group(some, STORED.index(name), edges, level)
         edges[-1] = min(edges[-1], span[1])
         if not chosen.all():
             rows, means, mosts = rows[chosen], means[chosen], mosts[chosen]
@@ -241,12 +241,12 @@ class AttemptSteps:
             finest += 1
         return finest
 
-    def _of(
+    def _read_group(
         self, files: list[_File], which: int, edges: NDArray[np.int64], level: int
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Mean and most of alike files: [their ranks, columns]."""
         first = files[0].commit.first
-        total = Total(len(files) * len(files[0].shape.ranks), edges)
+        total = BinTotals(len(files) * len(files[0].shape.ranks), edges)
         lower, upper = int(edges[0]), int(edges[-1])
         for at in range(level, -1, -1):  # what a level doesn't have yet is in the ones below
             size = FACTOR**at
@@ -265,7 +265,7 @@ class AttemptSteps:
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Mean and most of columns of a level: [ranks of the files, columns]."""
         means, mosts = self._read_once(files, which, level, span)
-        self._with(files[0], self._recommit)  # all nodes train the same steps
+        self._with_open_file(files[0], self._recommit)  # all nodes train the same steps
         # What the writer may have gone over meanwhile: up to the end of the block that its next commit may reach.
         reached = files[0].commit.columns[level] + -(-BATCH // FACTOR**level)
         lost = -(-reached // BLOCK) * BLOCK - CAPACITIES[level] - span[0]
@@ -287,7 +287,7 @@ class AttemptSteps:
             data = b"".join([os.pread(fd, size, place) for place in places])
             return data if len(data) == len(blank) else blank
 
-        data = b"".join([self._with(one, pieces) or blank for one in files])
+        data = b"".join([self._with_open_file(one, pieces) or blank for one in files])
         kinds, ranks = shape.kinds(level), len(shape.ranks)
         table = np.frombuffer(data, np.uint16).reshape(len(files), len(places), kinds, ranks, BLOCK)
         cut = slice(begin - numbers[0] * BLOCK, end - numbers[0] * BLOCK)
@@ -305,7 +305,7 @@ class AttemptSteps:
         return decoded[0], decoded[-1]
 
 
-def _alike(files: list[_File]) -> list[list[_File]]:
+def _group_alike(files: list[_File]) -> list[list[_File]]:
     """Files by first step, ranks and length of the header: alike ones are read as one array."""
     by_shape: dict[tuple[int, int, int], list[_File]] = {}
     for one in files:

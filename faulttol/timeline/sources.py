@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from configs.errors import from_json
 from configs.paths import AttemptPaths
 from configs.rank import RankFiles
-from faulttol import steady
+from faulttol import steady_clock
 from faulttol.recorder import PhaseMark, RankPhase
 from faulttol.timeline import detail, rings, trace
-from faulttol.timeline.file import folder
+from faulttol.timeline.step_file import folder
 from faulttol.timeline.trace import RECORD, OngoingWait, TracedGroup
 
 
@@ -87,7 +87,7 @@ def _rings(attempt: AttemptPaths) -> Iterator[Activity]:
             trace.read_groups(trace.table_of(files)),
             traced.waiting,
         )
-        one.shift(steady.OFFSET_NS)
+        one.shift(steady_clock.OFFSET_NS)
         yield one
 
 

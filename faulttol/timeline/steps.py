@@ -27,7 +27,7 @@ _TAIL = 3 * trace.CAPACITY
 
 
 @dataclass(frozen=True)
-class Rows:
+class StepRows:
     """Steps that were finished since the last look."""
 
     first: int
@@ -66,7 +66,7 @@ class RankSteps:
         self.waiting: OngoingWait | None = None
         """The wait that the rank is in."""
 
-    def gather(self) -> Rows | None:
+    def gather(self) -> StepRows | None:
         """Steps that were finished since the last call; None where there are none. Reads the node's memory alone."""
         # First: each wait before its last record is traced by now.
         fresh = rings.read(self._ring, self._sequence)
@@ -83,7 +83,7 @@ class RankSteps:
             return None
         return self._finished(traced.pending)
 
-    def finish(self) -> Rows | None:
+    def finish(self) -> StepRows | None:
         """Steps that were finished since the last call, the last one too, after which no other begins."""
         gathered = self.gather()
         rows = self._rows
@@ -105,7 +105,7 @@ class RankSteps:
         """Records of what isn't finished: the ring's and the trace's."""
         return self._rows, self._calls
 
-    def _finished(self, pending: int) -> Rows | None:
+    def _finished(self, pending: int) -> StepRows | None:
         rows = self._rows
         starting = np.flatnonzero((rows["mark"] == PhaseMark.BEGIN) & np.isin(rows["phase"], BEFORE))
         if len(starting):
@@ -128,7 +128,7 @@ class RankSteps:
         seconds[:, places[good]] = spent[:, good]
         cut = rows["ns"][begins[-1]]
         mine, early = self._calls["began"] < cut, self._calls["began"] < rows["ns"][begins[0]]
-        taken = Rows(first, starts, seconds, rows[begins[0] : begins[-1]], self._calls[mine & ~early])
+        taken = StepRows(first, starts, seconds, rows[begins[0] : begins[-1]], self._calls[mine & ~early])
         # The last call stays: by it the next look sees whether any were lost between.
         kept = ~mine
         if mine.any():

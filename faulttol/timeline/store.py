@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.rank import RankFiles
-from faulttol import steady
+from faulttol import steady_clock
 from faulttol.recorder import PhaseMark
 from faulttol.timeline import trace
-from faulttol.timeline.detail import Chunk, DetailLog
-from faulttol.timeline.file import StepFile, folder
-from faulttol.timeline.steps import FIELDS, RankSteps, Rows
+from faulttol.timeline.detail import DetailChunk, DetailLog
+from faulttol.timeline.step_file import StepFile, folder
+from faulttol.timeline.steps import FIELDS, RankSteps, StepRows
 
 log = logging.getLogger("megaray.timeline")
 
@@ -85,7 +85,7 @@ class StepStore:
             max(_DETAIL_LEAST, min(_DETAIL_KEPT[0], _DETAIL_KEPT[1] // nodes)) // 2,
         )
         self._rate = min(_DETAIL_RATE[0], _DETAIL_RATE[1] // nodes)
-        self._chunks: list[Chunk] = []
+        self._chunks: list[DetailChunk] = []
         self._stride = 1
         self._last_write = time.monotonic()
         self._told = False
@@ -99,16 +99,16 @@ class StepStore:
         """Read the rings. Touches the node's memory alone, in about a millisecond for each rank."""
         self._gather(RankSteps.gather)
 
-    def _gather(self, how: Callable[[RankSteps], Rows | None]) -> None:
+    def _gather(self, how: Callable[[RankSteps], StepRows | None]) -> None:
         for row, one in enumerate(self._ranks):
             try:
                 fresh = how(one.steps)
             except Exception:
-                self._complain(f"the ring of rank {one.rank} can't be read")
+                self._log_once(f"the ring of rank {one.rank} can't be read")
                 continue
             if fresh is not None and fresh.count:
                 self._keep(row, fresh)
-                self._pick(one, fresh)
+                self._sample_detail(one, fresh)
         done = [one.done for one in self._ranks if one.done >= 0]
         if done:
             everybody = min(done) if len(done) == len(self._ranks) else -1
@@ -124,9 +124,9 @@ class StepStore:
             self._write_steps()
             size = self._detail.append(self._chunks)
             self._chunks.clear()
-            self._adapt(size, max(seconds, 1e-3))
+            self._throttle_detail(size, max(seconds, 1e-3))
         except Exception:  # an observer's fault never stops training
-            self._complain(f"{self._path} takes no steps")
+            self._log_once(f"{self._path} takes no steps")
 
     def close(self) -> None:
         """Write what is left, the step that wasn't finished too; called when no rank is to be read any more."""
@@ -140,11 +140,11 @@ class StepStore:
             if len(phases) or len(calls):
                 self._chunks.append(self._chunk(one, -1, -1, phases, calls))
         self.write(everything=True)
-        self._shut()
+        self._close_file()
 
     # ---- steps ----
 
-    def _keep(self, row: int, fresh: Rows) -> None:
+    def _keep(self, row: int, fresh: StepRows) -> None:
         """Put a rank's steps where they wait for the other ranks'."""
         if self._base < 0:
             self._base = fresh.first
@@ -178,24 +178,24 @@ class StepStore:
         known = starts > 0
         first = np.where(known, starts, np.iinfo(np.int64).max).min(0)
         lag = np.where(known, (starts - first) / 1e9, np.nan)
-        wall = np.where(known.any(0), first + steady.OFFSET_NS, 0)
+        wall = np.where(known.any(0), first + steady_clock.OFFSET_NS, 0)
         try:
             # In the order of `file.STORED`.
             self._file.append(self._base, wall, np.concatenate((seconds, lag[None])))
         except BaseException:
             # What it has in memory is ahead of the file, or the file's handle is stale: from the last commit anew.
-            self._shut()
+            self._close_file()
             raise
         self._drop(count)
 
-    def _shut(self) -> None:
+    def _close_file(self) -> None:
         if self._file is not None:
             file, self._file = self._file, None
             file.close()
 
     # ---- detail ----
 
-    def _pick(self, one: _Rank, fresh: Rows) -> None:
+    def _sample_detail(self, one: _Rank, fresh: StepRows) -> None:
         """Take the detail of the steps that are kept in detail: the same ones on all nodes, or every second of theirs."""
         phases, calls = fresh.phases, fresh.calls
         first, last = fresh.first, fresh.first + fresh.count - 1
@@ -209,15 +209,19 @@ class StepStore:
             self._chunks.append(self._chunk(one, first, last, phases, calls))
         del self._chunks[:-_DETAIL_WAITING]
 
-    def _chunk(self, one: _Rank, first: int, last: int, phases: NDArray[Any], calls: NDArray[Any]) -> Chunk:
+    def _chunk(
+        self, one: _Rank, first: int, last: int, phases: NDArray[Any], calls: NDArray[Any]
+    ) -> DetailChunk:
         groups = trace.read_groups(trace.table_of(one.files))
         # Now and then again, since the oldest chunks are removed.
         fresh = groups if tuple(groups) != one.groups or one.chunks % _GROUPS_EVERY == 0 else {}
         one.groups, one.chunks = tuple(groups), one.chunks + 1
         waiting = one.steps.waiting if first < 0 else None
-        return Chunk(one.rank, self._node, steady.OFFSET_NS, first, last, phases, calls, fresh, waiting)
+        return DetailChunk(
+            one.rank, self._node, steady_clock.OFFSET_NS, first, last, phases, calls, fresh, waiting
+        )
 
-    def _adapt(self, size: int, seconds: float) -> None:
+    def _throttle_detail(self, size: int, seconds: float) -> None:
         """Keep fewer steps in detail where they take more than their share of storage."""
         rate = size / seconds
         if rate > self._rate and self._stride < _COARSEST:
@@ -225,7 +229,7 @@ class StepStore:
         elif rate < self._rate / 4 and self._stride > 1:
             self._stride //= 2
 
-    def _complain(self, what: str) -> None:
+    def _log_once(self, what: str) -> None:
         """Once, with the traceback: the next second says it again otherwise."""
         if not self._told:
             log.warning("%s; steps are missing in the heat map and the timeline", what, exc_info=True)

@@ -65,7 +65,7 @@ class Op(IntEnum):
     RECEIVE = 11
 
 
-MEETING = (Op.ALL_REDUCE, Op.ALL_GATHER, Op.REDUCE_SCATTER, Op.ALL_TO_ALL, Op.BARRIER)
+SYNCHRONIZING = (Op.ALL_REDUCE, Op.ALL_GATHER, Op.REDUCE_SCATTER, Op.ALL_TO_ALL, Op.BARRIER)
 """Nobody leaves these before everybody has entered."""
 
 
@@ -188,7 +188,7 @@ class TraceWriter:
             words[_NEWEST] = sequence
             self._next, self._total = sequence + 1, total
 
-    def opened(self, call: CollectiveCall, began: int) -> None:
+    def begin_wait(self, call: CollectiveCall, began: int) -> None:
         """The rank waits from now on; what never ends shows by this."""
         op, _, group, count, peer, _ = call
         words = self._words
@@ -197,11 +197,11 @@ class TraceWriter:
         words[_OPEN + 3] = peer & 0xFFFFFFFF
         words[_OPEN] = began
 
-    def closed(self) -> None:
+    def end_wait(self) -> None:
         """The wait is over."""
         self._words[_OPEN] = 0
 
-    def pending(self, began: int) -> None:
+    def mark_pending(self, began: int) -> None:
         """Waits that began at `began` or later aren't all recorded: the device hasn't given their times yet. 0: all are."""
         self._words[_PENDING] = began
 
@@ -223,22 +223,22 @@ class OngoingWait:
 
 
 @dataclass(frozen=True)
-class Read:
+class TraceRead:
     """What was new in a trace."""
 
     records: NDArray[Any]
     """Of type `RECORD`, oldest first."""
     pending: int
-    """As `TraceWriter.pending` reported it."""
+    """As `TraceWriter.mark_pending` reported it."""
     waiting: OngoingWait | None
     there: bool = True
     """There is a trace, though it may have nothing new."""
 
 
-_NOTHING = Read(np.zeros(0, RECORD), 0, None, False)
+_NOTHING = TraceRead(np.zeros(0, RECORD), 0, None, False)
 
 
-def read(path: Path, after: int = 0) -> Read:
+def read(path: Path, after: int = 0) -> TraceRead:
     """Records with a sequence number above `after`; what was overwritten is gone. A file that is none has nothing."""
     try:
         with path.open("rb") as file:
@@ -261,7 +261,7 @@ def read(path: Path, after: int = 0) -> Read:
     expected = np.arange(first, first + len(words), dtype="u8")
     whole = (words[:, 0] == expected) & (words[:, :-1].sum(1, dtype="u8") == words[:, -1])
     records = np.ascontiguousarray(words[whole]).view(RECORD).reshape(-1)
-    return Read(records, int(head[_PENDING]), _waiting(head))
+    return TraceRead(records, int(head[_PENDING]), _waiting(head))
 
 
 def _waiting(head: NDArray[np.uint64]) -> OngoingWait | None:
@@ -282,7 +282,7 @@ class TracedGroup:
 
 def write_groups(path: Path, groups: dict[int, TracedGroup]) -> None:
     """Write the groups of a rank by their numbers, replaced whole."""
-    tree = {str(number): [group.name, compact(group.ranks)] for number, group in groups.items()}
+    tree = {str(number): [group.name, compact_ranks(group.ranks)] for number, group in groups.items()}
     write_whole(path, json.dumps(tree))
 
 
@@ -297,12 +297,14 @@ def read_groups(path: Path) -> dict[int, TracedGroup]:
 def groups_of(tree: Any) -> dict[int, TracedGroup]:
     """Groups from their plain tree, as `write_groups` writes it; ValueError where it is none."""
     try:
-        return {int(number): TracedGroup(str(name), spread(ranks)) for number, (name, ranks) in tree.items()}
+        return {
+            int(number): TracedGroup(str(name), expand_ranks(ranks)) for number, (name, ranks) in tree.items()
+        }
     except (TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"not a table of groups: {error}") from error
 
 
-def compact(ranks: Sequence[int]) -> list[Any]:
+def compact_ranks(ranks: Sequence[int]) -> list[Any]:
     """Ranks as ["range", start, stop, step] where they are evenly spaced, else as they are."""
     step = ranks[1] - ranks[0] if len(ranks) > 1 else 1
     if step and list(range(ranks[0], ranks[-1] + (1 if step > 0 else -1), step)) == list(ranks):
@@ -310,6 +312,6 @@ def compact(ranks: Sequence[int]) -> list[Any]:
     return list(ranks)
 
 
-def spread(ranks: Sequence[Any]) -> Sequence[int]:
-    """The inverse of `compact`."""
+def expand_ranks(ranks: Sequence[Any]) -> Sequence[int]:
+    """The inverse of `compact_ranks`."""
     return range(*ranks[1:]) if ranks and ranks[0] == "range" else tuple(int(rank) for rank in ranks)

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from configs.paths import AttemptPaths
-from faulttol import steady
-from faulttol.detect.snapshot import RankSeen
+from faulttol import steady_clock
+from faulttol.detect.snapshot import RankObservation
 from faulttol.timeline.store import StepStore
 from orchestrator.record import rank_status
 
@@ -37,11 +37,11 @@ class ActivityWriter:
 
     def __init__(
         self, attempt: AttemptPaths, node: str, ranks: Sequence[int], rings: Path, nodes: int,
-        statuses: Callable[[], Sequence[RankSeen]],
+        statuses: Callable[[], Sequence[RankObservation]],
     ) -> None:  # fmt: skip
         self._folder, self._node, self._statuses = attempt.seen, node, statuses
         self._store = StepStore(attempt.root, node, ranks, rings, nodes)
-        self._written: Sequence[RankSeen] = ()
+        self._written: Sequence[RankObservation] = ()
         self._frozen = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._work, name="agent-activity", daemon=True)
@@ -68,7 +68,7 @@ class ActivityWriter:
     def _write_looks(self) -> None:
         statuses = self._statuses()
         if statuses and statuses != self._written:
-            rank_status.write_statuses(self._folder, self._node, statuses, steady.now())
+            rank_status.write_statuses(self._folder, self._node, statuses, steady_clock.now())
             self._written = statuses
 
     def _guarded(self, act: Callable[[], None]) -> None:

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from faulttol import steady
-from faulttol.detect.snapshot import RankSeen
+from faulttol import steady_clock
+from faulttol.detect.snapshot import RankObservation
 from orchestrator.agent import environment
 from orchestrator.agent.attempt import Attempt
 from orchestrator.agent.orders import AttemptOrder, AttemptPhase, AttemptReport, OrderSuperseded
@@ -34,7 +34,7 @@ class _LastAnswer:
     """What the newest answer about an attempt reported, so that the next one has only what changed."""
 
     serial: int = 0
-    ranks: tuple[RankSeen, ...] = ()
+    ranks: tuple[RankObservation, ...] = ()
 
 
 class NodeAgent:
@@ -53,7 +53,7 @@ class NodeAgent:
         node_id: str,
         facts: dict[str, str] | None = None,
         check: Callable[[], str] = lambda: "",
-        clock: Callable[[], float] = steady.now,
+        clock: Callable[[], float] = steady_clock.now,
         devices: int = 0,
     ) -> None:
         self._node_id, self._facts, self._check, self._clock = node_id, facts or {}, check, clock

@@ -19,8 +19,8 @@ from pathlib import Path
 from configs.paths import RunPaths
 from configs.rank import GATE, RankFiles
 from faulttol import proc
-from faulttol.detect.look import RankWatch
-from faulttol.detect.snapshot import RankSeen
+from faulttol.detect.rank_watch import RankWatch
+from faulttol.detect.snapshot import RankObservation
 from orchestrator.agent import attempt_processes, devices, environment
 from orchestrator.agent.activity_writer import ActivityWriter
 from orchestrator.agent.evidence import EvidenceCollector
@@ -45,22 +45,22 @@ class _Rank:
     pid: int
     watch: RankWatch
     exit: ProcessExit | None = None
-    seen: RankSeen | None = None
+    seen: RankObservation | None = None
     """By the newest look at it."""
     problem: str = ""
     """Why looks at it fail."""
 
-    def observe(self, last_words: str) -> RankSeen:
+    def observe(self, last_words: str) -> RankObservation:
         """The rank now; as it was last seen, where the look fails: its node must answer for the others all the same."""
         ended = self.exit
         known = (None, None, "") if ended is None else (ended.code, ended.time, last_words)
         try:
-            self.seen = self.watch.look(*known)
+            self.seen = self.watch.observe(*known)
         except Exception as error:
             if str(error) != self.problem:
                 self.problem = str(error)
                 log.exception("a look at rank %d", self.rank)
-            last = self.seen or RankSeen(self.rank, self.pid)
+            last = self.seen or RankObservation(self.rank, self.pid)
             self.seen = replace(last, exit_code=known[0], exit_time=known[1], last_words=known[2])
         return self.seen
 
@@ -210,7 +210,7 @@ class Attempt:
             else {}
         )
 
-    def rank_states(self) -> tuple[RankSeen, ...]:
+    def rank_states(self) -> tuple[RankObservation, ...]:
         """All ranks as they are now; reads node memory, and is called without the lock."""
         with self._changed:
             ranks = [one for _, one in sorted(self._ranks.items())]
@@ -450,7 +450,7 @@ class Attempt:
             self._changed.notify_all()
 
 
-def _trains(seen: Sequence[RankSeen]) -> bool:
+def _trains(seen: Sequence[RankObservation]) -> bool:
     """All ranks are past their start, so that other work on the node delays nothing that is waited for."""
     return bool(seen) and all(one.newest is not None and one.newest.finished > 0 for one in seen)
 

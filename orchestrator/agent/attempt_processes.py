@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 
-from faulttol import proc, steady
+from faulttol import proc, steady_clock
 from faulttol.proc import ProcessRow
 
 _MARK = "MEGARAY_MARK="
@@ -27,11 +27,11 @@ def attempt_pids(mark: str, leaders: Mapping[int, float]) -> list[int]:
 
     Args:
         mark: value of `MEGARAY_MARK` in their environment.
-        leaders: ids of the ranks, as far as this agent started them, and when each ended by `steady.now`; infinity: it
-            lives. Each leads a session of its own, which processes belong to that have cleared their environment. Once it
+        leaders: ids of the ranks, as far as this agent started them, and when each ended by `steady_clock.now`; infinity:
+            it lives. Each leads a session of its own, to which processes belong that cleared their environment. Once it
             has ended, the kernel may give its id to another, so what began later isn't known by it.
     """
-    ahead = time.clock_gettime(time.CLOCK_BOOTTIME) - steady.now()
+    ahead = time.clock_gettime(time.CLOCK_BOOTTIME) - steady_clock.now()
     ended = {pid: at + ahead for pid, at in leaders.items()}
     rows = process_table()
     members = {

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from configs.errors import from_json
 from faulttol.preflight import host
 from faulttol.preflight.result import Check, CheckOutcome, Preflight
-from faulttol.proc import answer
+from faulttol.proc import run_bounded
 from orchestrator.agent.environment import DEVICES
 
 log = logging.getLogger("megaray.agent")
@@ -39,7 +39,7 @@ class NodeHealth:
 
 def preflight() -> str:
     """Why this node can't take ranks now; empty where it can. Takes no time that anybody would notice."""
-    return Preflight(tuple(host.quick())).why
+    return Preflight(tuple(host.quick_checks())).why
 
 
 class NodeHealthCheck:
@@ -54,7 +54,7 @@ class NodeHealthCheck:
         if self._mode not in MODES:
             log.error("MEGARAY_PREFLIGHT=%s is none of %s; auto is taken", self._mode, ", ".join(MODES))
             self._mode = "auto"
-        self._beacon = host.Beacon()
+        self._beacon = host.ReachabilityServer()
         self._health = NodeHealth(self._mode == "off", "", self._beacon.port)
         self._peers: tuple[str, ...] = ()
         self._idle = True
@@ -90,7 +90,7 @@ class NodeHealthCheck:
             if self._closed:
                 return
             try:
-                results = [*host.quick(), host.timed("neighbours", lambda: host.neighbours(self._peers))]
+                results = [*host.quick_checks(), host.run_check("neighbours", lambda: host.neighbours(self._peers))]
                 results += self._check_fully()
                 self._health = NodeHealth(True, Preflight(tuple(results)).why, self._beacon.port)
             except Exception:  # an instrument that breaks must not bar a node
@@ -116,7 +116,7 @@ def run_full_check(peers: Sequence[str]) -> Preflight:
     words = [sys.executable, "-m", "faulttol", "preflight", "--json"]
     words += [f"--peers={','.join(peers)}"] if peers else []
     try:
-        done = answer(words, _FULL_SECONDS, env)
+        done = run_bounded(words, _FULL_SECONDS, env)
     except subprocess.TimeoutExpired:
         return _alone(CheckOutcome.BAD, f"didn't end in {_FULL_SECONDS:.0f} s")
     try:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs.errors import from_json
-from faulttol.proc import answer
+from faulttol.proc import run_bounded
 
 log = logging.getLogger("megaray.agent")
 
@@ -101,7 +101,7 @@ def _run(*words: str) -> str | None:
     if shutil.which(words[0]) is None:
         return None
     try:
-        done = answer(words, _SECONDS)
+        done = run_bounded(words, _SECONDS)
     except (subprocess.TimeoutExpired, OSError):
         return None
     return None if done.returncode else done.stdout

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-from faulttol import steady
+from faulttol import steady_clock
 from orchestrator.agent.gang_state import Gang, Member
 from orchestrator.agent.orders import AttemptOrder, AttemptPhase, AttemptReport, LaunchSpec, OrderSuperseded
 from orchestrator.control.gang import DesiredState, GangSpec, GangStatus
@@ -70,7 +70,7 @@ class GangDriver:
         wall: seconds since the epoch that never step, as the controller tells the time to `AgentReport.with_clock`.
     """
 
-    def __init__(self, transport: AgentTransport, wall: Callable[[], float] = steady.now) -> None:
+    def __init__(self, transport: AgentTransport, wall: Callable[[], float] = steady_clock.now) -> None:
         self._transport, self._wall = transport, wall
         self._gangs: dict[tuple[str, int], Gang] = {}
         self._lock = threading.RLock()

@@ -14,7 +14,7 @@ import psutil
 
 from configs.paths import RunPaths, own_folder
 from configs.rank import GATE, PARENT, RankContext
-from faulttol import steady
+from faulttol import steady_clock
 from orchestrator.agent.orders import AttemptOrder, LaunchSpec
 from orchestrator.local import machine
 
@@ -83,7 +83,7 @@ def rank_environment(
     return context.environment() | {
         "MEGARAY_MARK": mark,
         "MEGARAY_RINGS": str(rings),
-        "MEGARAY_STARTED": repr(steady.now()),
+        "MEGARAY_STARTED": repr(steady_clock.now()),
     }
 
 

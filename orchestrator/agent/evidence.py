@@ -15,7 +15,7 @@ from json import dumps
 from pathlib import Path
 
 from faulttol import proc, recorder
-from faulttol.proc import answer
+from faulttol.proc import run_bounded
 
 log = logging.getLogger("megaray.agent")
 
@@ -84,7 +84,7 @@ def stacks(pid: int) -> str:
     # A process that is stopped can't be paused: py-spy would wait for it forever.
     words += ["--nonblocking"] if state in ("T", "t", "D") else []
     try:
-        done = answer(words, _DUMP_SECONDS)
+        done = run_bounded(words, _DUMP_SECONDS)
         lines += ["", done.stdout, done.stderr]
     except subprocess.TimeoutExpired:
         lines.append(f"py-spy: no answer in {_DUMP_SECONDS:.0f} s")

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from configs.metrics import MetricLine
-from faulttol.detect.snapshot import RankSeen
+from faulttol.detect.snapshot import RankObservation
 from orchestrator.agent.orders import AttemptPhase, AttemptReport
 from orchestrator.control.gang import AgentReport, DesiredState, GangSpec, GangStatus
 from orchestrator.record.events import NodeShare
@@ -41,7 +41,7 @@ class Member:
     confirmed_free: bool = False
     """It has answered that nothing is left after the slots were given up."""
     offset: int = 0
-    ranks: dict[int, RankSeen] = field(default_factory=dict)
+    ranks: dict[int, RankObservation] = field(default_factory=dict)
     lines: list[MetricLine] = field(default_factory=list)
     shifts: deque[float] = field(default_factory=lambda: deque(maxlen=64))
     """How far this clock was ahead of the node's, by each of the last answers, with their delay on top."""

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from faulttol import proc, steady
+from faulttol import proc, steady_clock
 from orchestrator.agent import attempt_processes
 
 log = logging.getLogger("megaray.agent")
@@ -141,7 +141,7 @@ class Spawner:
     def _watch_forever(self) -> None:
         while True:
             for fd, _ in self._poll.poll(_LOOK_SECONDS if self._watched else _IDLE_SECONDS):
-                at = steady.now()
+                at = steady_clock.now()
                 with self._lock:
                     one = self._watched.pop(fd)
                     one.process.returncode = code = _wait(fd)
@@ -157,12 +157,12 @@ class Spawner:
             ending = [
                 (one, code)
                 for one in self._watched.values()
-                if not one.reported and (code := proc.ending(one.process.pid))
+                if not one.reported and (code := proc.pending_exit_code(one.process.pid))
             ]
             for one, _ in ending:
                 one.reported = True
         for one, code in ending:
-            _report(one, ProcessExit(code, steady.now()))
+            _report(one, ProcessExit(code, steady_clock.now()))
 
 
 def _report(one: _Watched, end: ProcessExit) -> None:

@@ -31,7 +31,7 @@ from configs.metrics import (
     StepLine,
 )
 from configs.paths import HomePaths, RunPaths
-from faulttol.commands.screen import axes
+from faulttol.commands.terminal import axes
 from orchestrator.commands import console, watching
 from orchestrator.commands.text import clean, clock, count, plural, shareable, size, span
 from orchestrator.record import summaries

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from faulttol.commands import screen
+from faulttol.commands import terminal
 from orchestrator.web.redact import Redactor
 
 
@@ -20,7 +20,7 @@ def count(number: float) -> str:
     return f"{number:.3g}"
 
 
-size = screen.size
+size = terminal.size
 
 
 def span(seconds: float | None) -> str:
@@ -41,7 +41,7 @@ def clock(seconds: float | None) -> str:
 
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     """Columns as wide as their widest cell, a line a row, without secrets; the columns in `right` are flush right."""
-    return "\n".join(screen.table([[clean(cell) for cell in row] for row in rows], right))
+    return "\n".join(terminal.table([[clean(cell) for cell in row] for row in rows], right))
 
 
 @cache

@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from configs.metrics import MetricLine
-from faulttol.detect.snapshot import RankSeen
+from faulttol.detect.snapshot import RankObservation
 from orchestrator.decide.placement import Node
 from orchestrator.record.events import NodeShare
 
@@ -81,7 +81,7 @@ class AgentReport:
     node_id: str
     time: float
     """By the node's clock, in seconds since the epoch, as are all times in `ranks`."""
-    ranks: tuple[RankSeen, ...]
+    ranks: tuple[RankObservation, ...]
     """Those that changed since the last report."""
     lines: tuple[MetricLine, ...] = ()
     """New metric lines, where the agent's node hosts rank 0."""

@@ -16,7 +16,7 @@ from configs.metrics import (
     SaveFailedLine,
     StepLine,
 )
-from faulttol.detect.snapshot import RankSeen
+from faulttol.detect.snapshot import RankObservation
 from orchestrator.control.gang import AgentReport
 from orchestrator.record.events import (
     AttemptResumed,
@@ -36,7 +36,7 @@ class Progress:
     """An attempt as its ranks tell it; they can tell it again."""
 
     attempt: int = 0
-    ranks: Mapping[int, RankSeen] = field(default_factory=dict)
+    ranks: Mapping[int, RankObservation] = field(default_factory=dict)
     step: int = 0
     """Newest finished one that a line reported."""
     step_seconds: float = 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from configs.schema import RunConfig
 from faulttol.checkpoint.interval import lost_seconds
-from faulttol.detect.snapshot import SavesSeen
+from faulttol.detect.snapshot import SavesStatus
 from orchestrator.record.events import CheckpointCommitted
 from orchestrator.record.states import State
 from orchestrator.record.view import RunView
@@ -25,7 +25,7 @@ def save_interval(view: RunView, config: RunConfig) -> int | None:
     return max(due, view.interval)
 
 
-def save_history(view: RunView, config: RunConfig, step: int) -> SavesSeen | None:
+def save_history(view: RunView, config: RunConfig, step: int) -> SavesStatus | None:
     """How a running attempt saves, for the detectors; None where nothing is known, or an incident tells of it already.
 
     Args:
@@ -42,7 +42,7 @@ def save_history(view: RunView, config: RunConfig, step: int) -> SavesSeen | Non
         return None
     every = save_interval(view, config)
     error = view.failed.error if view.failed is not None and view.failed.step > view.saved_step else ""
-    return SavesSeen(
+    return SavesStatus(
         step=step,
         saved_step=view.saved_step,
         # Where the interval isn't known, only failures count.

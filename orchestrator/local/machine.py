@@ -9,7 +9,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from faulttol.proc import answer
+from faulttol.proc import run_bounded
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _KFD = Path("/sys/class/kfd/kfd/topology/nodes")
@@ -80,7 +80,7 @@ def _nvidia() -> int:
     """NVIDIA's GPUs, as its own tool counts them, else by their device files."""
     command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        done = answer(command, _ASK_SECONDS)
+        done = run_bounded(command, _ASK_SECONDS)
         if done.returncode == 0:
             return sum(line.strip().isdigit() for line in done.stdout.splitlines())
     return sum(bool(re.fullmatch(r"nvidia\d+", path.name)) for path in Path("/dev").glob("nvidia*"))

@@ -15,7 +15,7 @@ from typing import Any
 
 from configs.errors import from_json
 from configs.paths import write_whole
-from faulttol.detect.snapshot import GroupSeen, RankSeen
+from faulttol.detect.snapshot import GroupStatus, RankObservation
 
 _SUFFIX = ".seen.json"
 
@@ -37,10 +37,10 @@ class RankStatus:
     waits: str
     held: str
     exit_code: int | None
-    groups: tuple[GroupSeen, ...]
+    groups: tuple[GroupStatus, ...]
 
 
-def write_statuses(folder: Path, node: str, ranks: Sequence[RankSeen], now: float) -> None:
+def write_statuses(folder: Path, node: str, ranks: Sequence[RankObservation], now: float) -> None:
     """Replace a node's file.
 
     Args:
@@ -119,7 +119,7 @@ def _read(path: Path) -> list[RankStatus]:
             RankStatus(
                 int(row["rank"]), node, time, row["step"], str(row["phase"]), row["since"], str(row["state"]),
                 str(row["waits"]), str(row["held"]), row["exit"],
-                tuple(GroupSeen(name, _ranks(ranks), int(into), int(out)) for name, ranks, into, out in row["groups"]),
+                tuple(GroupStatus(name, _ranks(ranks), int(into), int(out)) for name, ranks, into, out in row["groups"]),
             )
             for row in tree["ranks"]
         ]  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 from configs.errors import UserError, from_json
 from configs.metrics import MeasuredLine, MetricLine, SavedLine, StepLine, last_step, parse_line
 from configs.paths import HomePaths, RunPaths
-from faulttol.detect.overdue import failed
+from faulttol.detect.overdue import failed_saves
 from orchestrator import PROGRAM
 from orchestrator.record.events import CheckpointCommitted, Submitted
 from orchestrator.record.run_log import RunLogReader
@@ -307,7 +307,7 @@ def _save_problem(view: RunView) -> str:
         newest = view.checkpoint.step if view.checkpoint is not None else 0
         # Until the ranks of a next attempt say where they begin, what is known is what was saved last.
         since = newest if view.saved_step is None else view.saved_step
-        return f"{failed(view.failing)} since step {since}: {view.failed.error}"
+        return f"{failed_saves(view.failing)} since step {since}: {view.failed.error}"
     if view.passed:
         return f"resumed from step {view.resumed_step or 0}; passed over {view.passed}"
     opened = next((i.event.detail for i in view.open_incidents if i.stops_nothing), "")

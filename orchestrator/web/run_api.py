@@ -14,7 +14,7 @@ import yaml
 
 from configs.errors import UserError, from_json
 from configs.paths import RunPaths
-from faulttol.timeline.heat import Heat, HeatRequest, heat
+from faulttol.timeline.heat import HeatMap, HeatRequest, heat_map
 from faulttol.timeline.reader import AttemptSteps
 from orchestrator import PROGRAM
 from orchestrator.record.history import AttemptHistory
@@ -223,7 +223,7 @@ class RunApi:
                 # Of some ranks, none are joined; their peers are still all of their stage.
                 rows=own.ranks if some else int_parameter(query, "rows", 256, 1, _ROWS),
             )
-            made = heat(steps, request, own.layout)
+            made = heat_map(steps, request, own.layout)
             if some:
                 made = _select_ranks(made, some)
         values = made.mean if query.get("of") == "mean" else made.most
@@ -339,7 +339,7 @@ def _rank_range(query: Query, world: int) -> range:
     return ranks
 
 
-def _select_ranks(made: Heat, ranks: range) -> Heat:
+def _select_ranks(made: HeatMap, ranks: range) -> HeatMap:
     """The rows of some ranks, with a scale of their own."""
     keep = [i for i, row in enumerate(made.rows) if row.ranks and row.ranks[0] in ranks]
     mean, most = made.mean[keep], made.most[keep]

@@ -20,7 +20,7 @@ import torch
 from configs.rank import free_port
 from faulttol import proc
 from faulttol.preflight import device, host
-from faulttol.preflight.host import Beacon
+from faulttol.preflight.host import ReachabilityServer
 from faulttol.preflight.result import Check, CheckOutcome, Preflight
 from orchestrator.agent import checks
 from orchestrator.agent.checks import NodeHealth, NodeHealthCheck
@@ -30,8 +30,8 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
 
 
 @pytest.fixture
-def beacon() -> Iterator[Beacon]:
-    made = Beacon()
+def beacon() -> Iterator[ReachabilityServer]:
+    made = ReachabilityServer()
     yield made
     made.close()
 
@@ -52,15 +52,15 @@ def test_only_what_is_bad_bars_a_node() -> None:
 
 
 def test_an_instrument_that_breaks_cannot_tell() -> None:
-    check = host.timed("x", lambda: 1 // 0)  # type: ignore[arg-type, return-value]
+    check = host.run_check("x", lambda: 1 // 0)  # type: ignore[arg-type, return-value]
     assert check.outcome is CheckOutcome.UNKNOWN and "ZeroDivisionError" in check.text
 
 
 def test_memory_is_looked_at_against_what_ranks_need(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert {one.outcome for one in host.quick(tmp_path)} == {CheckOutcome.GOOD}
+    assert {one.outcome for one in host.quick_checks(tmp_path)} == {CheckOutcome.GOOD}
     usage = shutil.disk_usage(tmp_path)._replace(free=host.LEAST_SHARED // 2)
     monkeypatch.setattr(host.shutil, "disk_usage", lambda _: usage)
-    assert Preflight(tuple(host.quick(tmp_path))).why.startswith("shared memory: 8 MiB free")
+    assert Preflight(tuple(host.quick_checks(tmp_path))).why.startswith("shared memory: 8 MiB free")
     monkeypatch.undo()
     short = SimpleNamespace(available=host.LEAST_MEMORY - 1, total=8 << 30)
     monkeypatch.setattr(host.psutil, "virtual_memory", lambda: short)
@@ -90,7 +90,7 @@ def test_loopback_is_proved_and_a_torn_one_seen(monkeypatch: pytest.MonkeyPatch)
     assert host.loopback() == (CheckOutcome.BAD, "bytes sent over 127.0.0.1 came back different")
 
 
-def test_a_node_that_reaches_none_of_several_is_cut_off(beacon: Beacon) -> None:
+def test_a_node_that_reaches_none_of_several_is_cut_off(beacon: ReachabilityServer) -> None:
     here, away, gone = f"127.0.0.1:{beacon.port}", f"127.0.0.1:{free_port()}", "127.0.0.1:no"
     assert host.neighbours([]) == (CheckOutcome.GOOD, "no neighbours")
     assert host.neighbours([here, here])[0] is CheckOutcome.GOOD
@@ -143,7 +143,7 @@ def test_a_beacon_outlives_a_moment_without_descriptors(monkeypatch: pytest.Monk
         return inner(self)
 
     monkeypatch.setattr(socket.socket, "accept", accept)
-    beacon = Beacon()
+    beacon = ReachabilityServer()
     assert failed.wait(10) and host.neighbours([f"127.0.0.1:{beacon.port}"])[0] is CheckOutcome.GOOD
     beacon.close()
 
@@ -193,15 +193,15 @@ def test_a_product_that_differs_from_itself_is_seen(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_device_slower_than_its_neighbours_is_named() -> None:
-    outcome, text = device.compared({"cuda:0": 10.0, "cuda:1": 7.9, "cuda:2": 10.0, "cuda:3": 10.1})
+    outcome, text = device.slow_devices({"cuda:0": 10.0, "cuda:1": 7.9, "cuda:2": 10.0, "cuda:3": 10.1})
     assert outcome is CheckOutcome.BAD and "cuda:1 0.79" in text and "cuda:0" not in text
-    assert device.compared({"cuda:0": 10.0, "cuda:1": 8.1, "cuda:2": 10.0})[0] is CheckOutcome.GOOD
-    assert device.compared({"cuda:0": 10.0, "cuda:1": 1.0})[0] is CheckOutcome.GOOD, (
+    assert device.slow_devices({"cuda:0": 10.0, "cuda:1": 8.1, "cuda:2": 10.0})[0] is CheckOutcome.GOOD
+    assert device.slow_devices({"cuda:0": 10.0, "cuda:1": 1.0})[0] is CheckOutcome.GOOD, (
         "of two nobody could say which"
     )
 
 
-def test_the_command_says_it_for_people_and_machines(beacon: Beacon) -> None:
+def test_the_command_says_it_for_people_and_machines(beacon: ReachabilityServer) -> None:
     words = [sys.executable, "-m", "faulttol", "preflight", "--quick"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
     assert (
@@ -272,7 +272,7 @@ def test_a_full_look_is_made_in_a_process_that_may_die_or_hang(
 
 
 def test_an_answer_is_what_a_program_prints_and_how_it_ends() -> None:
-    done = proc.answer(["/bin/sh", "-c", "echo out; echo err $WORD >&2; exit 3"], 10, {"WORD": "aside"})
+    done = proc.run_bounded(["/bin/sh", "-c", "echo out; echo err $WORD >&2; exit 3"], 10, {"WORD": "aside"})
     assert (done.stdout, done.stderr, done.returncode) == ("out\n", "err aside\n", 3)
     with pytest.raises(OSError):
-        proc.answer(["/nowhere"], 1)
+        proc.run_bounded(["/nowhere"], 1)

@@ -19,11 +19,11 @@ from configs.errors import UserError
 from configs.paths import RunPaths
 from configs.rank import RankContext, RankFiles, free_port
 from configs.schema import RunConfig
-from faulttol import steady
+from faulttol import steady_clock
 from faulttol.detect import processes
 from faulttol.detect.base import judge_all
-from faulttol.detect.look import RankWatch
-from faulttol.detect.snapshot import RankSeen, Snapshot
+from faulttol.detect.rank_watch import RankWatch
+from faulttol.detect.snapshot import RankObservation, Snapshot
 from faulttol.verdicts import Verdict, VerdictKind
 
 _SEVERITY = {kind: place for place, kind in enumerate(VerdictKind)}
@@ -185,7 +185,7 @@ class WatchedGang:
         self.config, self.world, self._rings = config, world, rings
         self.mark = run / f"fault-{attempt}"
         self._exits: dict[int, tuple[int, float]] = {}
-        self._known: dict[int, RankSeen] = {}
+        self._known: dict[int, RankObservation] = {}
         rings.mkdir(parents=True, exist_ok=True)
         paths = RunPaths(run).attempt(attempt)
         paths.ranks.mkdir(parents=True, exist_ok=True)
@@ -204,13 +204,13 @@ class WatchedGang:
 
     def _wait(self, rank: int, pid: int) -> None:
         _, status = os.waitpid(pid, 0)
-        self._exits[rank] = os.waitstatus_to_exitcode(status), steady.now()
+        self._exits[rank] = os.waitstatus_to_exitcode(status), steady_clock.now()
 
     def look(self, ranks: Iterator[int] | range) -> None:
         """Ask the agent of some ranks."""
         for rank in ranks:
             code, when = self._exits.get(rank, (None, None))
-            self._known[rank] = self._watches[rank].look(code, when, self._words(rank) if code else "")
+            self._known[rank] = self._watches[rank].observe(code, when, self._words(rank) if code else "")
 
     def _words(self, rank: int) -> str:
         rows = self.paths.log(rank).read_text(errors="replace").split("\n")
@@ -221,7 +221,7 @@ class WatchedGang:
         begun = [seen.newest for seen in self._known.values()]
         stepped = len(begun) == self.world and all(r is not None and r.step > 0 for r in begun)
         return Snapshot(
-            now=steady.now(),
+            now=steady_clock.now(),
             since_start=time.monotonic() - self.began,
             world=self.world,
             ranks=dict(self._known),

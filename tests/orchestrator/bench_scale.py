@@ -22,7 +22,7 @@ from pathlib import Path
 from configs.compose import compose, dump
 from configs.metrics import MetricLine, ResumedLine
 from configs.paths import HomePaths
-from faulttol.detect.snapshot import RankSeen
+from faulttol.detect.snapshot import RankObservation
 from faulttol.recorder import PhaseMark, RankPhase, Record
 from orchestrator.control.controller import Controller
 from orchestrator.control.gang import AgentReport, DesiredState, GangSpec, GangStatus
@@ -114,7 +114,7 @@ def _report(spec: GangSpec, index: int, variant: int) -> AgentReport:
         code = (-9 if rank == 4711 else 1) if dead else None
         words = "RuntimeError: Connection closed by peer" if dead and rank != 4711 else ""
         ranks.append(
-            RankSeen(
+            RankObservation(
                 rank, 100 + rank, code, 1000.0 + (rank != 4711) if dead else None, record, last_words=words
             )
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from configs.metrics import EndedLine, MetricLine, ResumedLine, SavedLine, SaveFailedLine, StepLine
 from configs.paths import RunPaths
-from faulttol.detect.snapshot import Raised, RankSeen
+from faulttol.detect.snapshot import ExitReport, RankObservation
 from faulttol.recorder import PhaseMark, RankPhase, Record
 from orchestrator.control.gang import AgentReport, DesiredState, GangSpec, GangStatus
 from orchestrator.decide.placement import Node
@@ -47,7 +47,7 @@ class FakeGang:
     """All that it wrote."""
     deaths: dict[int, int] = field(default_factory=dict)
     """Exit code by rank."""
-    errors: dict[int, Raised] = field(default_factory=dict)
+    errors: dict[int, ExitReport] = field(default_factory=dict)
     """By rank, what it wrote before it ended."""
     told: int = -1
     finished: bool = False
@@ -156,7 +156,7 @@ class FakeRuntime:
         """All ranks of a run's living gang end by an error, which is that of some of them."""
         gang, now = self.gang(run), self.clock().wall
         for rank in range(gang.spec.world):
-            gang.errors[rank] = Raised(now, error, rank not in own)
+            gang.errors[rank] = ExitReport(now, error, rank not in own)
             gang.deaths[rank] = 1
 
     def gang(self, run: str) -> FakeGang:
@@ -251,7 +251,7 @@ class FakeRuntime:
                 self._read[gang.spec.key] = read
         return reports
 
-    def _rank(self, gang: FakeGang, rank: int, done: bool) -> RankSeen:
+    def _rank(self, gang: FakeGang, rank: int, done: bool) -> RankObservation:
         last = min(self.hung.get(rank, self.clock.now), self.clock.now)
         step = gang.resumed + max(0, int(last - gang.started))
         record = Record(
@@ -259,7 +259,7 @@ class FakeRuntime:
         )
         code = gang.deaths.get(rank, 0 if done else None)
         ended = None if code is None else self.clock().wall + self.skew
-        return RankSeen(rank, 100 + rank, code, ended, record, raised=gang.errors.get(rank))
+        return RankObservation(rank, 100 + rank, code, ended, record, raised=gang.errors.get(rank))
 
     def _train(self, gang: FakeGang) -> None:
         """Write the lines of the steps since the last look."""

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from configs.paths import HomePaths
-from faulttol.detect.snapshot import GroupSeen, RankSeen
+from faulttol.detect.snapshot import GroupStatus, RankObservation
 from faulttol.recorder import PhaseMark, RankPhase, Record
 from orchestrator.record import rank_status
 from tests.web import simulated
@@ -41,9 +41,9 @@ def make(home: HomePaths, ranks: int, steps: int) -> str:
         looks = []
         for rank in range(node * 8, node * 8 + 8):
             groups = (
-                GroupSeen("pp", range(rank % width, ranks, width), 900, 900),
-                GroupSeen("tp", range(rank // 8 * 8, rank // 8 * 8 + 8), 4000, 4000),
-                GroupSeen(
+                GroupStatus("pp", range(rank % width, ranks, width), 900, 900),
+                GroupStatus("tp", range(rank // 8 * 8, rank // 8 * 8 + 8), 4000, 4000),
+                GroupStatus(
                     "dp",
                     range(rank // width * width + rank % 8, (rank // width + 1) * width, 8),
                     40,
@@ -51,7 +51,7 @@ def make(home: HomePaths, ranks: int, steps: int) -> str:
                 ),
             )
             looks.append(
-                RankSeen(
+                RankObservation(
                     rank,
                     1000 + rank,
                     newest=Record(1, now, PhaseMark.BEGIN, RankPhase.BACKWARD, steps),

@@ -20,9 +20,9 @@ import numpy as np
 
 from configs.metrics import MetricWriter, ResumedLine, SavedLine, StepLine
 from configs.paths import HomePaths, RunPaths
-from faulttol.timeline.file import STORED, StepFile, StepFileShape, folder
-from faulttol.timeline.heat import HeatRequest, heat
+from faulttol.timeline.heat import HeatRequest, heat_map
 from faulttol.timeline.reader import AttemptSteps
+from faulttol.timeline.step_file import STORED, StepFile, StepFileShape, folder
 from orchestrator.record.clock import Instant
 from orchestrator.record.events import (
     AttemptPlaced,
@@ -225,7 +225,7 @@ def _time(made: Simulated) -> None:
             spent = []
             for _ in range(5):
                 began = time.perf_counter()
-                drawn = heat(steps, asked, layout)
+                drawn = heat_map(steps, asked, layout)
                 spent.append((time.perf_counter() - began) * 1e3)
             print(
                 f"steps {begin} to {last}, {asked.field} {asked.mode} by {asked.group}: {drawn.mean.shape[0]} rows, "

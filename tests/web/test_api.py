@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from configs.metrics import MeasuredLine, MetricWriter
-from faulttol.detect.snapshot import GroupSeen, RankSeen
+from faulttol.detect.snapshot import GroupStatus, RankObservation
 from faulttol.recorder import PhaseMark, RankPhase, Record
-from faulttol.timeline.file import STORED, StepFile
+from faulttol.timeline.step_file import STORED, StepFile
 from orchestrator.record import rank_status
 from orchestrator.record.cluster_log import Cordoned, NodeJoined, NodeLeft
 from orchestrator.record.log import EventLog
@@ -286,16 +286,19 @@ def test_layout_says_who_is_waited_for(client: Client) -> None:
     run = client.shared.live.home.run(RECOVERED)
     now = time.time()
     record = Record(9, now - 7, PhaseMark.BEGIN, RankPhase.BACKWARD, 50)
-    groups = (GroupSeen("dp (3)", range(0, 2), 40, 39),)
-    behind = (GroupSeen("dp (3)", range(0, 2), 39, 39),)
+    groups = (GroupStatus("dp (3)", range(0, 2), 40, 39),)
+    behind = (GroupStatus("dp (3)", range(0, 2), 39, 39),)
     folder = run.attempt(2).seen
     rank_status.write_statuses(
-        folder, "n/1", [RankSeen(0, 1000, newest=record, groups=groups, waits="all_reduce", state="S")], now
+        folder,
+        "n/1",
+        [RankObservation(0, 1000, newest=record, groups=groups, waits="all_reduce", state="S")],
+        now,
     )
     rank_status.write_statuses(
         folder,
         "n2",
-        [RankSeen(1, 1001, newest=record, groups=behind, held="stopped (state T)", state="T")],
+        [RankObservation(1, 1001, newest=record, groups=behind, held="stopped (state T)", state="T")],
         now,
     )
     tree = client.get(f"/api/run/{RECOVERED}/layout")

@@ -15,7 +15,7 @@ import pytest
 from prometheus_client.core import GaugeMetricFamily
 
 from configs.errors import UserError
-from faulttol.detect.snapshot import GroupSeen
+from faulttol.detect.snapshot import GroupStatus
 from orchestrator.record.history import AttemptHistory
 from orchestrator.record.partition import PartitionBuilder, TimePart
 from orchestrator.record.rank_status import RankStatus
@@ -37,7 +37,7 @@ pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 # ---- who waits for whom ----
 
 
-def look(rank: int, *groups: GroupSeen, held: str = "") -> RankStatus:
+def look(rank: int, *groups: GroupStatus, held: str = "") -> RankStatus:
     return RankStatus(
         rank, "n1", 100.0, 5, "backward", 99.0, "S", "all_reduce" if groups else "", held, None, groups
     )
@@ -55,9 +55,9 @@ def test_a_rank_that_waits_itself_is_not_where_it_begins() -> None:
     """Rank 0 waits for 1, which waits for 3."""
     first, second = (0, 1), (1, 3)
     looks = [
-        look(0, GroupSeen("dp", first, 5, 4)),
-        look(1, GroupSeen("dp", first, 4, 4), GroupSeen("pp", second, 9, 8)),
-        look(3, GroupSeen("pp", second, 8, 8), held="stopped (state T)"),
+        look(0, GroupStatus("dp", first, 5, 4)),
+        look(1, GroupStatus("dp", first, 4, 4), GroupStatus("pp", second, 9, 8)),
+        look(3, GroupStatus("pp", second, 8, 8), held="stopped (state T)"),
     ]
     made = layouts.layout(FOUR, looks, [])
     assert made["said"] == "ranks 0, 1 wait for rank 3, which is stopped (state T)"
@@ -65,19 +65,19 @@ def test_a_rank_that_waits_itself_is_not_where_it_begins() -> None:
 
 
 def test_a_rank_that_nobody_has_seen_is_waited_for() -> None:
-    made = layouts.layout(FOUR, [look(0, GroupSeen("dp", (0, 1), 5, 4))], [])
+    made = layouts.layout(FOUR, [look(0, GroupStatus("dp", (0, 1), 5, 4))], [])
     assert [(one["from"], one["to"]) for one in made["waits"]] == [([0], [1])]
     assert made["groups"][0]["missing"] == [1] and made["groups"][0]["entered"] == [5, None]
 
 
 def test_a_rank_that_has_left_a_call_waits_for_nobody() -> None:
-    looks = [look(0, GroupSeen("dp", (0, 1), 5, 5)), look(1, GroupSeen("dp", (0, 1), 4, 4))]
+    looks = [look(0, GroupStatus("dp", (0, 1), 5, 5)), look(1, GroupStatus("dp", (0, 1), 4, 4))]
     made = layouts.layout(FOUR, looks, [])
     assert made["waits"] == [] and made["said"] == ""
 
 
 def test_ranks_that_incidents_name_are_named_beside_those_that_are_waited_for() -> None:
-    made = layouts.layout(FOUR, [look(0, GroupSeen("dp", (0, 1), 5, 4))], [3])
+    made = layouts.layout(FOUR, [look(0, GroupStatus("dp", (0, 1), 5, 4))], [3])
     assert made["culprits"] == [1, 3]
     alone = layouts.layout(FOUR, [], [3])
     assert alone["culprits"] == [3] and alone["said"] == "An incident names rank 3"

@@ -116,7 +116,7 @@ def compare(parts: Iterable[Slice], mesh: Mesh, step: int) -> None:
     if drift is None:
         return
     error = WrongReplica(drift.text) if drift.sure else ReplicasDiffer(drift.text)
-    raise error if mesh.rank in drift.suspects else exits.heard(error)
+    raise error if mesh.rank in drift.suspects else exits.mark_as_peers(error)
 
 
 def judge(held: Sequence[tuple[RankPlace, Sequence[HeldCopy]]], step: int) -> Drift | None:

@@ -22,8 +22,8 @@ from faulttol.checkpoint.load import Restored
 from faulttol.checkpoint.manifest import Tensor
 from faulttol.checkpoint.pieces import BLOCK, DTYPES
 from faulttol.checkpoint.store import CheckpointStore
-from faulttol.commands import acts
-from faulttol.commands.numbers import numbers
+from faulttol.commands import handlers
+from faulttol.commands.dtype_values import numbers
 from faulttol.commands.reshard import AXES, parse_layout, placed
 from tests.faulttol.ranks import save_all
 
@@ -238,7 +238,7 @@ def test_a_checkpoint_stays_until_it_was_compared(
 ) -> None:
     """The run saves and removes meanwhile, and what `--check` reads once more must still be there."""
     save_all(tmp_path / "run", 1)
-    hashes = acts.tensor_hashes
+    hashes = handlers.tensor_hashes
 
     def later(store: CheckpointStore, commit: CheckpointCommit, bar: Any) -> dict[str, str]:
         if store.url == str(tmp_path / "run"):
@@ -246,7 +246,7 @@ def test_a_checkpoint_stays_until_it_was_compared(
                 save_all(tmp_path / "run", step, keep=1)
         return hashes(store, commit, bar)
 
-    monkeypatch.setattr(acts, "tensor_hashes", later)
+    monkeypatch.setattr(handlers, "tensor_hashes", later)
     code, out, err = ask("reshard", tmp_path / "run", "--out", tmp_path / "out", "--files", 2, "--check")
     assert (code, err) == (0, "") and "the hashes of all 4 tensors are equal" in out
     save_all(tmp_path / "run", 5, keep=1)
@@ -332,7 +332,7 @@ def test_prune_counts_no_checkpoint_that_is_damaged_inside(many: Path, ask: Ask)
 
 
 def test_prune_asks_at_a_terminal(many: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    from faulttol.commands import acts
+    from faulttol.commands import handlers
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
@@ -340,8 +340,8 @@ def test_prune_asks_at_a_terminal(many: Path, ask: Ask, monkeypatch: pytest.Monk
 
     for answer, steps in (("\n", [10, 20, 30, 40, 50]), ("", [10, 20, 30, 40, 50]), ("y\n", [40, 50])):
         screen = Terminal()
-        monkeypatch.setattr(acts.sys, "stdin", Terminal(answer))
-        monkeypatch.setattr(acts.sys, "stdout", screen)
+        monkeypatch.setattr(handlers.sys, "stdin", Terminal(answer))
+        monkeypatch.setattr(handlers.sys, "stdout", screen)
         code = cli.main(["prune", str(many), "--keep", "2"])
         assert _steps(many) == steps and code == (0 if "y" in answer else 1)
         assert "older than the newest 2" in screen.getvalue()

@@ -24,8 +24,8 @@ from faulttol.checkpoint.folder import folder_of
 from faulttol.checkpoint.hashes import CheckpointSource
 from faulttol.checkpoint.manifest import Tensor
 from faulttol.checkpoint.store import CheckpointStore
-from faulttol.commands import places, verify
-from faulttol.commands.screen import ByteProgress, size, table
+from faulttol.commands import locations, verify
+from faulttol.commands.terminal import ByteProgress, size, table
 from tests.faulttol.ranks import save_all
 from tests.source_tree import ROOT
 
@@ -54,34 +54,34 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_run_is_named_by_its_id_its_folder_or_its_checkpoints(home: Path) -> None:
     run = home / "runs" / "tiny-1"
     for typed in ("tiny-1", run, f"{run}/", run / "checkpoints", f"{run}/checkpoints/step-0000000040"):
-        place = places.find(str(typed))
+        place = locations.find(str(typed))
         assert (place.root, place.run and place.run.root) == (str(run / "checkpoints"), run), typed
         assert place.step == (40 if "step" in str(typed) else None)
         assert place.checkpoint_config()["keep"] == 3
-    assert places.find("tiny-2").root == str(home.parent / "elsewhere")
+    assert locations.find("tiny-2").root == str(home.parent / "elsewhere")
     (home / "runs" / "tiny-2" / "config-r01.yaml").write_text("checkpoint: {path: /moved, keep: 5}\n")
-    assert places.find("tiny-2").root == "/moved"  # as the newest resume has it
-    assert places.find("tiny-2").checkpoint_config()["keep"] == 5
-    assert places.find("tiny-1", 7, 2).step == 7 and places.find("tiny-1", 7, 2).attempt == 2
+    assert locations.find("tiny-2").root == "/moved"  # as the newest resume has it
+    assert locations.find("tiny-2").checkpoint_config()["keep"] == 5
+    assert locations.find("tiny-1", 7, 2).step == 7 and locations.find("tiny-1", 7, 2).attempt == 2
 
 
 def test_a_run_under_torchrun_has_no_event_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEGARAY_HOME", str(tmp_path))
     checkpoints = tmp_path / "runs" / "torchrun-1234" / "checkpoints"
     checkpoints.mkdir(parents=True)
-    assert places.find("torchrun-1234").root == str(checkpoints)
+    assert locations.find("torchrun-1234").root == str(checkpoints)
 
 
 def test_a_folder_or_url_needs_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x").mkdir()
-    assert places.find(str(tmp_path / "x")) == places.CheckpointPlace(
+    assert locations.find(str(tmp_path / "x")) == locations.CheckpointLocation(
         str(tmp_path / "x"), str(tmp_path / "x")
     )
-    assert places.find("s3://bucket/run/").root == "s3://bucket/run"
-    found = places.find("s3://bucket/run/step-0000000003")
+    assert locations.find("s3://bucket/run/").root == "s3://bucket/run"
+    found = locations.find("s3://bucket/run/step-0000000003")
     assert (found.root, found.step, found.checkpoint_config()) == ("s3://bucket/run", 3, {})
     monkeypatch.chdir(tmp_path / "x")
-    assert Path(places.find("step-0000000003").root).resolve() == tmp_path / "x"
+    assert Path(locations.find("step-0000000003").root).resolve() == tmp_path / "x"
 
 
 def test_a_path_that_names_nothing_is_refused(home: Path, tmp_path: Path, ask: Ask) -> None:

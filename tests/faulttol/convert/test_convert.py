@@ -307,7 +307,7 @@ def test_names_that_do_not_fit_a_map_are_told(rules: Any, shapes: Any, told: str
 
 
 def test_places_that_are_missing_or_doubled_are_refused(tmp_path: Path) -> None:
-    from faulttol.convert.assemble import Into, imported
+    from faulttol.convert.assemble import ImportDestination, imported
 
     (tmp_path / "map.json").write_text(
         json.dumps({"rules": [{"from": r"e\.(\d+)\.w", "to": "all", "at": ["{1}"]}]})
@@ -319,7 +319,7 @@ def test_places_that_are_missing_or_doubled_are_refused(tmp_path: Path) -> None:
         names = Names(**{f"e__{'0' * at}{number}__w": (3,) for at, number in enumerate(there)})
         placed, _ = place(names, load(tmp_path / "map.json"))
         with pytest.raises(UserError, match=told_):
-            imported(names, placed, Into(CheckpointStore(str(tmp_path / "out")), "run", 0, {}))
+            imported(names, placed, ImportDestination(CheckpointStore(str(tmp_path / "out")), "run", 0, {}))
 
 
 # ---- what is written ----

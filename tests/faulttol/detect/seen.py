@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from configs.timeouts import Timeouts
-from faulttol.detect.snapshot import RankSeen, Snapshot
+from faulttol.detect.snapshot import RankObservation, Snapshot
 from faulttol.recorder import PhaseMark, RankPhase, Record
 
 TIMEOUTS = Timeouts(patience=30.0)  # heartbeat 1, agent 10, hang 30, start 180
@@ -22,7 +22,7 @@ def record(
     return Record(sequence, time, mark, phase, step)
 
 
-def gang(*ranks: RankSeen, now: float, world: int | None = None, **more: Any) -> Snapshot:
+def gang(*ranks: RankObservation, now: float, world: int | None = None, **more: Any) -> Snapshot:
     """A gang of these ranks on two nodes, in its steps."""
     world = len(ranks) if world is None else world
     nodes = {rank: f"10.0.0.{1 + 2 * rank // max(world, 1)}" for rank in range(world)}
@@ -36,6 +36,6 @@ def gang(*ranks: RankSeen, now: float, world: int | None = None, **more: Any) ->
     return Snapshot(now=now, world=world, ranks={rank.rank: rank for rank in ranks}, **told)
 
 
-def of_records(newest: Mapping[int, Record | None], **more: Any) -> list[RankSeen]:
+def of_records(newest: Mapping[int, Record | None], **more: Any) -> list[RankObservation]:
     """Living ranks with these records."""
-    return [RankSeen(rank, 1000 + rank, newest=one, **more) for rank, one in newest.items()]
+    return [RankObservation(rank, 1000 + rank, newest=one, **more) for rank, one in newest.items()]

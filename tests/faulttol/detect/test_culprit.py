@@ -9,7 +9,7 @@ import pytest
 
 from configs.timeouts import Timeouts
 from faulttol.detect import culprit, hang
-from faulttol.detect.snapshot import GroupSeen, RankSeen
+from faulttol.detect.snapshot import GroupStatus, RankObservation
 from faulttol.recorder import PhaseMark, RankPhase
 from faulttol.verdicts import Verdict, VerdictKind
 from tests.faulttol.detect.seen import gang, record
@@ -20,18 +20,18 @@ NOW = 112.0
 """Twelve seconds after the last record of all."""
 
 
-def _rank(rank: int, *groups: tuple[str, int], sequence: int = 9, **more: Any) -> RankSeen:
+def _rank(rank: int, *groups: tuple[str, int], sequence: int = 9, **more: Any) -> RankObservation:
     """A silent rank in the forward of step 3, with what it has entered of its groups."""
-    seen = tuple(GroupSeen(name, (), entered, entered) for name, entered in groups)
+    seen = tuple(GroupStatus(name, (), entered, entered) for name, entered in groups)
     newest = more.pop("newest", record(sequence, 3, 100.0))
-    return RankSeen(rank, 1000 + rank, newest=newest, groups=seen, **more)
+    return RankObservation(rank, 1000 + rank, newest=newest, groups=seen, **more)
 
 
-def _waited(*ranks: RankSeen) -> culprit.Culprit:
-    return culprit.waited_for({rank.rank: rank for rank in ranks})
+def _waited(*ranks: RankObservation) -> culprit.Culprit:
+    return culprit.blocking_ranks({rank.rank: rank for rank in ranks})
 
 
-def _judge(*ranks: RankSeen, now: float = NOW, **more: Any) -> list[Verdict]:
+def _judge(*ranks: RankObservation, now: float = NOW, **more: Any) -> list[Verdict]:
     return hang.judge(gang(*ranks, now=now, **more))
 
 
@@ -43,7 +43,7 @@ def test_the_rank_that_has_not_entered_is_waited_for() -> None:
         _rank(0, ("world", 8)), _rank(1, ("world", 7)), _rank(2, ("world", 8), waits="all_reduce")
     )
     assert found.ranks == [1]
-    assert found.because == ": 2 ranks wait for it in collective 8 of world (all_reduce)"
+    assert found.reason == ": 2 ranks wait for it in collective 8 of world (all_reduce)"
 
 
 def test_a_chain_of_groups_leads_to_the_one_that_waits_for_nobody() -> None:
@@ -68,7 +68,7 @@ def test_of_several_the_one_outside_of_any_call_is_waited_for() -> None:
 
 def test_ranks_that_wait_for_each_other_are_a_ring() -> None:
     found = _waited(_rank(0, ("a", 5), ("b", 3)), _rank(1, ("a", 4), ("b", 4)))
-    assert found.ring and found.ranks == [0, 1]
+    assert found.cycle and found.ranks == [0, 1]
     (verdict,) = _judge(_rank(0, ("a", 5), ("b", 3)), _rank(1, ("a", 4), ("b", 4)), now=131.0)
     told = "ranks 0, 1 wait for each other; each has entered a collective that another hasn't"
     assert verdict.detail == f"no rank has made progress for 31 s: {told}"
@@ -81,7 +81,7 @@ def test_without_signs_records_tell() -> None:
 def test_a_stopped_process_is_waited_for_wherever_it_stands() -> None:
     stopped = _rank(0, ("world", 8), held_since=100.0, held="stopped (state T)", waits="all_reduce")
     found = _waited(stopped, _rank(1, ("world", 7)))
-    assert found.ranks == [0] and found.because == ", stopped (state T)"
+    assert found.ranks == [0] and found.reason == ", stopped (state T)"
 
 
 # ---- early, on evidence ----
@@ -200,7 +200,7 @@ def test_a_device_waits_for_a_sleeper_whose_collective_it_has_entered() -> None:
 
 
 def test_a_rank_that_left_with_code_0_is_waited_for() -> None:
-    left = RankSeen(1, 1001, 0, 100.0)
+    left = RankObservation(1, 1001, 0, 100.0)
     (verdict,) = _judge(_rank(0, **WAITS), left)
     assert verdict.rank == 1 and verdict.kind is VerdictKind.RANK_EXIT
     assert (
@@ -211,7 +211,7 @@ def test_a_rank_that_left_with_code_0_is_waited_for() -> None:
 
 
 def test_a_dead_rank_makes_no_hang_of_its_peers() -> None:
-    assert _judge(_rank(0, **WAITS), RankSeen(1, 1001, -9, 100.0), now=500.0) == []
+    assert _judge(_rank(0, **WAITS), RankObservation(1, 1001, -9, 100.0), now=500.0) == []
     assert _judge(_rank(0), _rank(1), now=131.0, refused="no") == []
 
 
@@ -226,5 +226,5 @@ def test_the_early_bound_follows_the_patience() -> None:
 
 
 def test_before_the_first_record_nothing_is_named_early() -> None:
-    nothing = [RankSeen(rank, rank, held_since=1.0, held="stopped (state T)") for rank in range(2)]
+    nothing = [RankObservation(rank, rank, held_since=1.0, held="stopped (state T)") for rank in range(2)]
     assert _judge(*nothing, now=100.0, first_step_done=False) == []

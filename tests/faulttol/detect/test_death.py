@@ -12,7 +12,7 @@ from configs.errors import STOPPED_EXIT, UserError
 from faulttol import exits
 from faulttol.checkpoint.peers import capture_failure
 from faulttol.detect import death
-from faulttol.detect.snapshot import Raised, RankSeen, Snapshot
+from faulttol.detect.snapshot import ExitReport, RankObservation, Snapshot
 from faulttol.verdicts import Verdict, VerdictKind
 from tests.faulttol.detect.seen import gang
 
@@ -26,19 +26,21 @@ LATE = 200.0
 """When nothing more is to be expected."""
 
 
-def died(rank: int, code: int | None, time: float = 100.0, words: str = "", **more: Any) -> RankSeen:
-    return RankSeen(rank, 1000 + rank, code, time if code is not None else None, last_words=words, **more)
+def died(rank: int, code: int | None, time: float = 100.0, words: str = "", **more: Any) -> RankObservation:
+    return RankObservation(
+        rank, 1000 + rank, code, time if code is not None else None, last_words=words, **more
+    )
 
 
-def lost_peer(rank: int, time: float = 100.0, code: int | None = 1) -> RankSeen:
-    return died(rank, code, time, raised=Raised(time, GLOO, True))
+def lost_peer(rank: int, time: float = 100.0, code: int | None = 1) -> RankObservation:
+    return died(rank, code, time, raised=ExitReport(time, GLOO, True))
 
 
-def _judge(*ranks: RankSeen, now: float = LATE, **more: Any) -> list[Verdict]:
+def _judge(*ranks: RankObservation, now: float = LATE, **more: Any) -> list[Verdict]:
     return death.judge(gang(*ranks, now=now, **more))
 
 
-def _culprits(*ranks: RankSeen, **more: Any) -> list[int | None]:
+def _culprits(*ranks: RankObservation, **more: Any) -> list[int | None]:
     return [verdict.rank for verdict in _judge(*ranks, **more)]
 
 
@@ -62,7 +64,7 @@ def test_a_signal_without_a_name_has_its_number() -> None:
 def test_an_exit_tells_its_last_words_or_what_it_wrote() -> None:
     (verdict,) = _judge(died(1, 1, words="ValueError: too bad"))
     assert verdict.detail == "rank 1 exited with code 1: ValueError: too bad"
-    (verdict,) = _judge(died(1, 1, words="frame #7", raised=Raised(99.0, "ValueError: too bad", False)))
+    (verdict,) = _judge(died(1, 1, words="frame #7", raised=ExitReport(99.0, "ValueError: too bad", False)))
     assert verdict.detail == "rank 1 exited with code 1: ValueError: too bad" and verdict.time == 99.0
     (verdict,) = _judge(died(1, 7))
     assert verdict.detail == "rank 1 exited with code 7"
@@ -91,10 +93,12 @@ def test_a_silent_node_is_waited_for_until_it_counts_as_lost() -> None:
 
 
 def test_the_earliest_own_reason_is_the_cause() -> None:
-    late = died(0, 1, 103.0, raised=Raised(103.0, "KeyError: 1", False))
+    late = died(0, 1, 103.0, raised=ExitReport(103.0, "KeyError: 1", False))
     assert _culprits(late, died(1, -9, 100.0)) == [1]
     assert _culprits(died(0, -9, 103.0), died(1, 1, 100.0, words="ValueError: mine")) == [1]
-    assert _culprits(died(0, -9, 100.9), died(1, 1, 101.0, raised=Raised(100.2, "ValueError", False))) == [
+    assert _culprits(
+        died(0, -9, 100.9), died(1, 1, 101.0, raised=ExitReport(100.2, "ValueError", False))
+    ) == [
         1,
         0,
     ]
@@ -130,7 +134,7 @@ def test_an_error_of_ones_own_beats_the_loss_of_a_peer(words: str) -> None:
 
 
 def test_a_kill_is_a_ranks_own_whatever_it_was_about_to_say() -> None:
-    assert _culprits(died(0, -9, 100.0, raised=Raised(99.9, GLOO, True)), lost_peer(1, 99.0)) == [0]
+    assert _culprits(died(0, -9, 100.0, raised=ExitReport(99.9, GLOO, True)), lost_peer(1, 99.0)) == [0]
 
 
 def test_an_abort_by_the_watchdog_is_the_last_that_is_believed() -> None:
@@ -156,7 +160,7 @@ def test_a_stopped_rank_that_its_peers_gave_up_is_the_cause() -> None:
 
 
 def test_a_rank_that_gave_a_peer_up_and_is_stuck_in_its_end_is_not_the_cause() -> None:
-    stuck = died(2, None, raised=Raised(90.0, GLOO, True), held_since=95.0, held="stopped (state T)")
+    stuck = died(2, None, raised=ExitReport(90.0, GLOO, True), held_since=95.0, held="stopped (state T)")
     (verdict,) = _judge(lost_peer(0), lost_peer(1), stuck)
     assert verdict.kind is not VerdictKind.HANG and "look at the network" in verdict.detail
 
@@ -175,7 +179,7 @@ def test_a_rank_that_left_with_code_0_is_the_cause() -> None:
 
 
 def test_a_rank_that_raised_and_hangs_in_its_end_counts_as_dead_after_a_while() -> None:
-    raised = died(1, None, raised=Raised(100.0, "ValueError: mine", False))
+    raised = died(1, None, raised=ExitReport(100.0, "ValueError: mine", False))
     assert _culprits(died(0, None), raised, now=105.0) == []
     (verdict,) = _judge(died(0, None), raised, now=111.0)
     assert (
@@ -189,22 +193,24 @@ def test_a_user_error_explains_everything() -> None:
     )
     assert verdict.kind is VerdictKind.USER_ERROR and verdict.detail == "data.path='x' does not exist"
     assert verdict.rank == 1
-    (verdict,) = _judge(died(1, 2, raised=Raised(99.0, "UserError: data.path is wrong", False)))
+    (verdict,) = _judge(died(1, 2, raised=ExitReport(99.0, "UserError: data.path is wrong", False)))
     assert verdict.detail == "data.path is wrong"
     (verdict,) = _judge(died(1, 2))
     assert verdict.detail
 
 
 def test_of_a_mistake_that_all_were_told_of_the_rank_that_met_it_is_named() -> None:
-    told = [died(r, 2, 100.0, raised=Raised(100.0, "UserError: no", True)) for r in (0, 2)]
-    assert _culprits(*told, died(1, 2, 100.2, raised=Raised(100.2, "UserError: no", False))) == [1]
+    told = [died(r, 2, 100.0, raised=ExitReport(100.0, "UserError: no", True)) for r in (0, 2)]
+    assert _culprits(*told, died(1, 2, 100.2, raised=ExitReport(100.2, "UserError: no", False))) == [1]
     assert _culprits(*told) == [0]
     assert _culprits(*told, died(1, None), now=101.0) == [], "the one that met it ends soon"
 
 
 def test_a_stop_from_outside_names_who_was_asked() -> None:
-    follows = died(0, STOPPED_EXIT, 100.0, raised=Raised(99.0, "a peer was asked to stop at step 3", True))
-    asked = died(1, STOPPED_EXIT, 100.1, raised=Raised(99.1, "Stopped: SIGTERM at step 3", False))
+    follows = died(
+        0, STOPPED_EXIT, 100.0, raised=ExitReport(99.0, "a peer was asked to stop at step 3", True)
+    )
+    asked = died(1, STOPPED_EXIT, 100.1, raised=ExitReport(99.1, "Stopped: SIGTERM at step 3", False))
     (verdict,) = _judge(follows, asked)
     assert verdict.rank == 1
     assert verdict.detail == "rank 1 was asked to stop by SIGTERM from outside: Stopped: SIGTERM at step 3"
@@ -248,10 +254,10 @@ def test_whose_error_it_is(error: BaseException, blames: bool) -> None:
 
 def test_an_error_that_all_raise_is_that_of_the_rank_that_met_it() -> None:
     text = f"block {id(object())} differs"
-    assert exits.blames_peer(exits.heard(ValueError(f"no checkpoint can be read: {text}")))
+    assert exits.blames_peer(exits.mark_as_peers(ValueError(f"no checkpoint can be read: {text}")))
     mine, failure = capture_failure(lambda: _raise(OSError(text)))
     assert mine is None and failure is not None
-    assert not exits.blames_peer(exits.heard(ValueError(f"no checkpoint can be read: {text}")))
+    assert not exits.blames_peer(exits.mark_as_peers(ValueError(f"no checkpoint can be read: {text}")))
     assert not exits.blames_peer(ValueError("mine alone"))
 
 
@@ -259,8 +265,8 @@ WRONG = "WrongReplica: w of rank 1 on b isn't as the other ranks have it"
 DIFFER = "ReplicasDiffer: w isn't the same on rank 0 on a, rank 1 on b, and no majority says which is right"
 
 
-def ended(rank: int, error: str, own: bool, time: float = 100.0) -> RankSeen:
-    return died(rank, 1, time + 0.2, raised=Raised(time, error, not own))
+def ended(rank: int, error: str, own: bool, time: float = 100.0) -> RankObservation:
+    return died(rank, 1, time + 0.2, raised=ExitReport(time, error, not own))
 
 
 def test_the_rank_whose_copy_is_wrong_is_named_with_its_node() -> None:
@@ -271,7 +277,7 @@ def test_the_rank_whose_copy_is_wrong_is_named_with_its_node() -> None:
     assert verdict.evidence == "logs/00001.log"
     both = _judge(ended(0, WRONG, True), ended(1, WRONG, False), ended(2, WRONG, True))
     assert [v.rank for v in both] == [0, 2]
-    other = died(2, 1, 100.1, raised=Raised(100.0, "ValueError: in the clean-up", False))
+    other = died(2, 1, 100.1, raised=ExitReport(100.0, "ValueError: in the clean-up", False))
     assert [v.rank for v in _judge(ended(1, WRONG, True), other)] == [1], (
         "what else broke then is a consequence"
     )

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from faulttol.detect import base, hang, nodes, overdue
-from faulttol.detect.snapshot import RankSeen, SavesSeen, Snapshot
+from faulttol.detect.snapshot import RankObservation, SavesStatus, Snapshot
 from faulttol.recorder import PhaseMark, RankPhase, Record
 from faulttol.verdicts import Verdict, VerdictKind
 from tests.faulttol.detect.seen import gang, of_records
@@ -34,7 +34,7 @@ class _Broken:
 
 def test_a_detector_that_raises_finds_nothing_and_is_told_of() -> None:
     told: list[str] = []
-    dead = gang(RankSeen(0, 1, -9, 100.0), now=200.0)
+    dead = gang(RankObservation(0, 1, -9, 100.0), now=200.0)
     found = base.judge_all(dead, told.append, (_Broken(), *base.DETECTORS))
     assert [v.kind for v in found] == [VerdictKind.RANK_EXIT]
     (text,) = told
@@ -43,7 +43,7 @@ def test_a_detector_that_raises_finds_nothing_and_is_told_of() -> None:
 
 def test_the_registry_asks_each_detector() -> None:
     assert [d.name for d in base.DETECTORS] == ["nodes", "death", "hang", "overdue"]
-    saves = SavesSeen(501, 200, 100, 0, "", 3)
+    saves = SavesStatus(501, 200, 100, 0, "", 3)
     stuck = of_records({0: _record(9, 3, 100.0), 1: _record(9, 3, 100.0)})
     whole = gang(*stuck, now=200.0, saves=saves, silent={"10.0.0.1": 60.0})
     kinds = [VerdictKind.NODE_LOST, VerdictKind.HANG, VerdictKind.CHECKPOINT_OVERDUE]
@@ -234,7 +234,7 @@ def test_a_start_that_all_entered_names_where_they_stand() -> None:
 
 
 def _overdue(step: int, saved: int, interval: int = 100, failing: int = 0, error: str = "") -> list[Verdict]:
-    return overdue.judge(gang(now=0.0, saves=SavesSeen(step, saved, interval, failing, error, 3)))
+    return overdue.judge(gang(now=0.0, saves=SavesStatus(step, saved, interval, failing, error, 3)))
 
 
 def test_failed_saves_are_a_verdict_from_the_bound_on() -> None:
@@ -254,4 +254,4 @@ def test_steps_without_a_commit_are_a_verdict_without_a_failure() -> None:
 
 
 def test_failures_are_counted_in_words() -> None:
-    assert overdue.failed(1) == "1 save failed" and overdue.failed(2) == "2 saves failed"
+    assert overdue.failed_saves(1) == "1 save failed" and overdue.failed_saves(2) == "2 saves failed"

@@ -14,11 +14,11 @@ import pytest
 from configs.errors import UserError
 from configs.paths import RunPaths
 from configs.rank import RankFiles
-from faulttol import steady
+from faulttol import steady_clock
 from faulttol.recorder import RankPhase, Recorder
 from faulttol.timeline import command, detail, rings, store
-from faulttol.timeline.clocks import End, align
-from faulttol.timeline.detail import Chunk, DetailLog
+from faulttol.timeline.clocks import CollectiveEnd, align
+from faulttol.timeline.detail import DetailChunk, DetailLog
 from faulttol.timeline.store import StepStore
 from faulttol.timeline.trace import RECORD, CollectiveCall, OngoingWait, Op, TracedGroup, WaitLane
 from tests.faulttol.timeline.made_rings import MS, Did, MadeRank, gang
@@ -32,14 +32,14 @@ pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
 
 def _ends(
     offsets: dict[str, int], count: int, noise: int, seed: int = 0, groups: dict[int, list[str]] | None = None
-) -> list[End]:
+) -> list[CollectiveEnd]:
     rng = np.random.default_rng(seed)
     found = []
     for number, nodes in (groups or {1: list(offsets)}).items():
         for at in range(count):
             done = 10**18 + number * 1000 + at * 10**8
             found += [
-                End((number, at), node, done + offsets[node] + int(rng.integers(0, noise + 1)))
+                CollectiveEnd((number, at), node, done + offsets[node] + int(rng.integers(0, noise + 1)))
                 for node in nodes
             ]
     return found
@@ -56,7 +56,7 @@ def test_a_few_ends_that_are_far_off_change_little() -> None:
     offsets = {"a": 0, "b": 1_000_000}
     ends = _ends(offsets, 100, 10_000)
     for index in range(0, 60, 6):
-        ends[2 * index + 1] = End(ends[2 * index + 1].key, "b", ends[2 * index + 1].ended + 10**9)
+        ends[2 * index + 1] = CollectiveEnd(ends[2 * index + 1].key, "b", ends[2 * index + 1].ended + 10**9)
     assert align(["a", "b"], ends).offsets["b"] == pytest.approx(1_000_000, abs=6000)
 
 
@@ -72,7 +72,7 @@ def test_clocks_are_told_over_others_and_apart_where_nothing_is_shared() -> None
 # ---- detail ----
 
 
-def _chunk(rank: int, first: int, count: int) -> Chunk:
+def _chunk(rank: int, first: int, count: int) -> DetailChunk:
     phases, calls = np.zeros(count, rings.ROW), np.zeros(2 * count, RECORD)
     rng = np.random.default_rng(rank * 1000 + first)
     for name in ("sequence", "ns", "step"):
@@ -81,7 +81,7 @@ def _chunk(rank: int, first: int, count: int) -> Chunk:
         calls[name] = rng.integers(0, 1 << 40, 2 * count)
     calls["group"], calls["peer"] = rng.integers(0, 1 << 32, 2 * count), rng.integers(-1, 9, 2 * count)
     waiting = OngoingWait(5, 1, 4_000_000_000, 3, -1) if first == 3 else None
-    return Chunk(
+    return DetailChunk(
         rank,
         "n0",
         12,
@@ -94,7 +94,7 @@ def _chunk(rank: int, first: int, count: int) -> Chunk:
     )
 
 
-def _same(one: Chunk, other: Chunk) -> bool:
+def _same(one: DetailChunk, other: DetailChunk) -> bool:
     return all(
         np.array_equal(getattr(one, name), getattr(other, name)) if name in ("phases", "calls")
         else getattr(one, name) == getattr(other, name)
@@ -302,7 +302,7 @@ def test_what_never_ended_is_drawn_to_the_end(tmp_path: Path, monkeypatch: pytes
         if phase is RankPhase.BACKWARD:
             one.ring.end(RankPhase.DATA, 4)
             one.ring.begin(phase, 4)
-            one.trace.opened(CollectiveCall(Op.ALL_REDUCE, one.now, 7, 50, -1, 0), one.now)
+            one.trace.begin_wait(CollectiveCall(Op.ALL_REDUCE, one.now, 7, 50, -1, 0), one.now)
     _close([StepStore(run.attempt(1).root, "n", [0, 1], tmp_path / "rings")])
     events = _drawn(run)
     open_ones = {(e["pid"], e["name"]) for e in events if e.get("args", {}).get("unfinished")}
@@ -353,7 +353,7 @@ def test_rings_of_torchrun_and_evidence_are_drawn_too(
     records = [
         {
             "sequence": n + 1,
-            "time": steady.of(one.now) + n / 1e3,
+            "time": steady_clock.from_monotonic_ns(one.now) + n / 1e3,
             "mark": mark,
             "phase": "DATA",
             "step": n // 2,

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from faulttol import recorder, steady
+from faulttol import recorder, steady_clock
 from faulttol.recorder import RankPhase, Recorder
 from faulttol.timeline import rings, trace
 from faulttol.timeline.reader import AttemptSteps
-from faulttol.timeline.steps import FIELDS, RankSteps, Rows
+from faulttol.timeline.steps import FIELDS, RankSteps, StepRows
 from faulttol.timeline.store import StepStore
 from faulttol.timeline.trace import CollectiveCall, Op, TraceWriter, WaitLane
 from tests.conftest import descriptors
@@ -27,7 +27,7 @@ def _steps(made: MadeRank) -> RankSteps:
     return RankSteps(made.files.ring, trace.trace_of(made.files))
 
 
-def _seconds(rows: Rows | None, field: str) -> list[float]:
+def _seconds(rows: StepRows | None, field: str) -> list[float]:
     assert rows is not None
     return [round(value, 6) for value in rows.seconds[FIELDS.index(field)].tolist()]
 
@@ -46,7 +46,7 @@ def test_the_ring_reads_as_the_recorder_reads_it(tmp_path: Path) -> None:
         assert [(r["sequence"], r["mark"], r["phase"], r["step"]) for r in mine] == [
             (r.sequence, r.mark, r.phase, r.step) for r in theirs
         ]
-        assert [steady.of(int(r["ns"])) for r in mine] == [r.time for r in theirs]
+        assert [steady_clock.from_monotonic_ns(int(r["ns"])) for r in mine] == [r.time for r in theirs]
     assert len(rings.read(tmp_path / "none")) == 0
     (tmp_path / "odd").write_bytes(b"x" * 5000)
     assert len(rings.read(tmp_path / "odd")) == 0
@@ -114,12 +114,12 @@ def test_records_lost_within_a_step_leave_its_parts_unknown(
 def test_the_trace_tells_the_wait_that_never_ends(tmp_path: Path) -> None:
     made = TraceWriter(tmp_path / "t", 0, capacity=8)
     assert trace.read(tmp_path / "t").waiting is None
-    made.opened(CollectiveCall(Op.RECEIVE, 5, 77, 4, 3, 0), 6)
+    made.begin_wait(CollectiveCall(Op.RECEIVE, 5, 77, 4, 3, 0), 6)
     assert trace.read(tmp_path / "t").waiting == trace.OngoingWait(6, Op.RECEIVE, 77, 4, 3)
-    made.opened(CollectiveCall(Op.ALL_REDUCE, 5, 77, 4, -1, 0), 6)
+    made.begin_wait(CollectiveCall(Op.ALL_REDUCE, 5, 77, 4, -1, 0), 6)
     found = trace.read(tmp_path / "t").waiting
     assert found is not None and found.peer == -1
-    made.closed()
+    made.end_wait()
     assert trace.read(tmp_path / "t").waiting is None
 
 
@@ -233,14 +233,14 @@ def test_a_step_waits_for_the_times_of_its_device(tmp_path: Path, monkeypatch: p
     made.started()
     made.step(0)
     began = made.now
-    made.trace.pending(began + 1)
+    made.trace.mark_pending(began + 1)
     made.step(1)
     made.step(2)
     rows = steps.gather()
     assert rows is not None and (rows.first, rows.count) == (0, 1)
     call = CollectiveCall(Op.ALL_TO_ALL, began + 5 * MS, 7, 99, -1, 0)
     made.trace.write(call, began + 5 * MS, began + 6 * MS, WaitLane.AUTOGRAD, device=(began, began + 9 * MS))
-    made.trace.pending(0)
+    made.trace.mark_pending(0)
     made.step(3)
     rows = steps.gather()
     assert rows is not None and rows.first == 1 and _seconds(rows, "wait")[0] == 0.014
@@ -391,7 +391,7 @@ def test_a_ring_that_breaks_stops_nobody(
             one.step(number)
     inner = RankSteps.gather
 
-    def broken(self: RankSteps) -> Rows | None:
+    def broken(self: RankSteps) -> StepRows | None:
         if self._ring == ranks[0].files.ring:
             raise ValueError("odd")
         return inner(self)

@@ -16,9 +16,9 @@ from configs.paths import RunPaths
 from configs.rank import RankContext, RankFiles, free_port
 from configs.schema import RunConfig
 from faulttol.timeline import command
-from faulttol.timeline.file import STORED
 from faulttol.timeline.hooks import Tracing
 from faulttol.timeline.reader import AttemptSteps
+from faulttol.timeline.step_file import STORED
 from faulttol.timeline.store import StepStore
 from tests.faulttol.timeline.trace_events import problems
 from tests.forks import forks

@@ -318,7 +318,7 @@ MUTANTS = [
     Mutant(
         "all ranks say that a wrong copy is theirs",
         _REPLICAS,
-        "raise error if mesh.rank in drift.suspects else exits.heard(error)",
+        "raise error if mesh.rank in drift.suspects else exits.mark_as_peers(error)",
         "raise error",
         f"{_DRIFT}the_rank_with_a_flipped_bit_is_named[4]",
     ),

@@ -10,7 +10,7 @@ import pytest
 
 from configs.paths import AttemptPaths
 from configs.rank import RankFiles
-from faulttol.detect.snapshot import RankSeen
+from faulttol.detect.snapshot import RankObservation
 from faulttol.recorder import RankPhase, Recorder
 from faulttol.timeline.reader import AttemptSteps
 from orchestrator.agent.activity_writer import ActivityWriter
@@ -36,7 +36,7 @@ def test_steps_and_looks_are_written_and_stay_as_they_were_once_ranks_are_stoppe
         [0, 1],
         rings,
         1,
-        lambda: [RankSeen(rank, 100 + rank, state=state[0]) for rank in (0, 1)],
+        lambda: [RankObservation(rank, 100 + rank, state=state[0]) for rank in (0, 1)],
     )
     until(lambda: len(rank_status.RankStatusReader(attempt.seen).update()) == 2)
     for step in range(1, 30):
@@ -56,7 +56,7 @@ def test_steps_and_looks_are_written_and_stay_as_they_were_once_ranks_are_stoppe
 def test_storage_that_fails_harms_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
     chronicle = ActivityWriter(
-        AttemptPaths(tmp_path / "file"), "n", [0], tmp_path, 1, lambda: [RankSeen(0, 1)]
+        AttemptPaths(tmp_path / "file"), "n", [0], tmp_path, 1, lambda: [RankObservation(0, 1)]
     )
     until(lambda: "chronicle of" in caplog.text)
     chronicle.close(10.0)

@@ -20,8 +20,8 @@ import pytest
 from configs.compose import compose
 from configs.metrics import EndedLine, MetricLine, MetricWriter
 from configs.paths import RunPaths
-from faulttol import steady
-from faulttol.detect.snapshot import RankSeen
+from faulttol import steady_clock
+from faulttol.detect.snapshot import RankObservation
 from orchestrator.agent import attempt as attempts
 from orchestrator.agent import attempt_processes, files, orders
 from orchestrator.agent.agent import NodeAgent
@@ -58,11 +58,11 @@ def start(runtime: LocalRuntime, spec: GangSpec) -> GangStatus:
     return runtime.status(spec)
 
 
-def exits(runtime: LocalRuntime, spec: GangSpec) -> Callable[[], dict[int, RankSeen]]:
+def exits(runtime: LocalRuntime, spec: GangSpec) -> Callable[[], dict[int, RankObservation]]:
     """Gathers the ranks that were told to have ended."""
-    found: dict[int, RankSeen] = {}
+    found: dict[int, RankObservation] = {}
 
-    def look() -> dict[int, RankSeen]:
+    def look() -> dict[int, RankObservation]:
         for report in runtime.status(spec).reports:
             found.update({r.rank: r for r in report.ranks if r.exit_code is not None})
         return found
@@ -121,7 +121,7 @@ def test_an_exit_is_told_at_once_with_the_kernels_time_and_last_words(
     spec = spec_of(runtime, run, "pass", heartbeat=60.0)
     status = start(runtime, spec)
     until(lambda: "here" in text(run, 3), "its first words")
-    killed = steady.now()
+    killed = steady_clock.now()
     os.kill(status.pids[3], signal.SIGKILL)
     look = exits(runtime, spec)
     until(look, "its end, long before the next heartbeat", seconds=10)

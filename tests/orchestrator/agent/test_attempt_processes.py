@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from faulttol import proc, steady
+from faulttol import proc, steady_clock
 from faulttol.detect import processes
 from orchestrator.agent import attempt_processes
 from tests.orchestrator.agent.local_runtime import until
@@ -40,7 +40,7 @@ def begin() -> Iterator[Begin]:
 
 
 def test_an_id_that_another_process_was_given_is_not_a_ranks_any_more(begin: Begin) -> None:
-    before = steady.now() - 1.0
+    before = steady_clock.now() - 1.0
     child = begin("sleep", "600")
     assert attempt_processes.attempt_pids("of no process", {child.pid: math.inf}) == [child.pid]
     assert attempt_processes.attempt_pids("of no process", {child.pid: before}) == []
@@ -51,7 +51,7 @@ def test_what_an_ended_rank_has_left_in_its_session_is_its(begin: Begin) -> None
     assert rank.stdout is not None
     orphan = int(rank.stdout.readline())
     rank.wait()
-    assert attempt_processes.attempt_pids("of no process", {rank.pid: steady.now()}) == [orphan]
+    assert attempt_processes.attempt_pids("of no process", {rank.pid: steady_clock.now()}) == [orphan]
     attempt_processes.send_signal([orphan], signal.SIGKILL)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from faulttol.detect.snapshot import RankSeen
+from faulttol.detect.snapshot import RankObservation
 from orchestrator.agent.gang_state import Gang, Member
 from orchestrator.agent.orders import AttemptPhase, AttemptReport
 from orchestrator.control.gang import AgentReport, DesiredState, GangSpec
@@ -132,12 +132,14 @@ def test_times_of_nodes_keep_their_order_whatever_their_clocks_and_delays() -> N
     made = gang(None, None)
     wall = 5000.0
     quick = answer(report=AgentReport("n0", wall - 0.01, ()))
-    late = answer(report=AgentReport("n0", wall, (RankSeen(0, 7, exit_code=1, exit_time=wall - 0.3),)))
+    late = answer(report=AgentReport("n0", wall, (RankObservation(0, 7, exit_code=1, exit_time=wall - 0.3),)))
     made.members[0].record_answer(quick, 1.0, wall)
     made.members[0].record_answer(late, 2.0, wall + 0.5)  # half a second on its way
     there = wall - 100.0
     made.members[1].record_answer(
-        answer(report=AgentReport("n1", there, (RankSeen(1, 8, exit_code=1, exit_time=there),))), 2.0, wall
+        answer(report=AgentReport("n1", there, (RankObservation(1, 8, exit_code=1, exit_time=there),))),
+        2.0,
+        wall,
     )
     told = {
         r.rank: r

@@ -29,11 +29,11 @@ def test_the_kernel_says_how_a_process_that_nobody_has_waited_for_ends(
 ) -> None:
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as process:
         if number:
-            assert proc.ending(process.pid) == 0, "it lives"
+            assert proc.pending_exit_code(process.pid) == 0, "it lives"
             process.send_signal(number)
         until(lambda: proc.state(process.pid) == "Z", "its end")
-        assert proc.ending(process.pid) == told
-    assert proc.ending(process.pid) == 0, "it is gone"
+        assert proc.pending_exit_code(process.pid) == told
+    assert proc.pending_exit_code(process.pid) == 0, "it is gone"
 
 
 def test_a_process_that_a_debugger_holds_is_not_ending() -> None:
@@ -44,7 +44,7 @@ def test_a_process_that_a_debugger_holds_is_not_ending() -> None:
             if libc.ptrace(attach, process.pid, None, None):
                 pytest.skip(f"no process may be traced here: {os.strerror(ctypes.get_errno())}")
             os.waitpid(process.pid, os.WUNTRACED)
-            assert proc.state(process.pid) == "t" and proc.ending(process.pid) == 0
+            assert proc.state(process.pid) == "t" and proc.pending_exit_code(process.pid) == 0
             assert proc.runs(process.pid), "a process that a debugger holds may run on"
             libc.ptrace(detach, process.pid, None, None)
         finally:

@@ -23,8 +23,8 @@ import pytest
 
 from configs.metrics import EvaluatedLine, MeasuredLine, ResumedLine, SavedLine, StepLine
 from configs.paths import HomePaths
-from faulttol.detect.snapshot import RankSeen
-from faulttol.timeline.file import STORED, StepFile, folder
+from faulttol.detect.snapshot import RankObservation
+from faulttol.timeline.step_file import STORED, StepFile, folder
 from orchestrator.commands import screen
 from orchestrator.commands.screen import RunScreen, lines, sparkline, stacked_bar, tail_positions
 from orchestrator.commands.text import plain
@@ -164,7 +164,7 @@ def test_ranks_are_read_from_their_steps_and_looks(made: MadeRun) -> None:
     rank_status.write_statuses(
         paths.seen,
         "n1",
-        [RankSeen(1, 101, waits="all_reduce"), RankSeen(2, 102, exit_code=-9)],
+        [RankObservation(1, 101, waits="all_reduce"), RankObservation(2, 102, exit_code=-9)],
         time.time(),
     )
     reader = RankReader(made.run)

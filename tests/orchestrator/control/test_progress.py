@@ -18,7 +18,7 @@ from configs.metrics import (
     StepLine,
     StoppedLine,
 )
-from faulttol.detect.snapshot import RankSeen
+from faulttol.detect.snapshot import RankObservation
 from faulttol.recorder import PhaseMark, RankPhase, Record
 from orchestrator.control.gang import AgentReport
 from orchestrator.control.progress import (
@@ -48,12 +48,12 @@ STARTING, TRAINING = view_of(*until(State.STARTING)), view_of(*until(State.RUNNI
 KNOWN = Progress(attempt=1)
 
 
-def rank(number: int, step: int | None = None, exit_code: int | None = None) -> RankSeen:
+def rank(number: int, step: int | None = None, exit_code: int | None = None) -> RankObservation:
     newest = None if step is None else Record(7, 5.0, PhaseMark.END, RankPhase.BACKWARD, step)
-    return RankSeen(number, 100 + number, exit_code, newest=newest)
+    return RankObservation(number, 100 + number, exit_code, newest=newest)
 
 
-def report(*ranks: RankSeen, offset: int = 0) -> AgentReport:
+def report(*ranks: RankObservation, offset: int = 0) -> AgentReport:
     return AgentReport("n1", 5.0, ranks, offset=offset)
 
 

@@ -23,7 +23,7 @@ from faulttol import exits
 from faulttol.checkpoint import retention
 from faulttol.checkpoint.store import CheckpointStore
 from faulttol.detect import death
-from faulttol.detect.snapshot import RankSeen
+from faulttol.detect.snapshot import RankObservation
 from faulttol.verdicts import VerdictKind
 from tests.collectives.ranks import together
 from tests.faulttol.detect.seen import gang
@@ -345,7 +345,7 @@ def test_a_save_of_copies_that_differ_ends_the_attempt_and_is_not_resumed_from(t
     folder = tmp_path / "run" / "attempts" / "001" / "ranks"
     raised = [exits.read(folder / f"{rank:05d}.raised") for rank in range(3)]
     assert [one.blames_peer for one in raised if one] == [True, False, True]
-    ranks = [RankSeen(r, 10 + r, 1, one.time, raised=one) for r, one in enumerate(raised) if one]
+    ranks = [RankObservation(r, 10 + r, 1, one.time, raised=one) for r, one in enumerate(raised) if one]
     (verdict,) = death.judge(gang(*ranks, now=ranks[0].raised.time + 99))  # type: ignore[union-attr]
     assert (verdict.kind, verdict.rank, verdict.node) == (VerdictKind.REPLICAS_DIFFER, 1, "10.0.0.1")
     ended, lines = attempt(tmp_path, 3, 2, None, *words)
@@ -358,7 +358,7 @@ def test_two_copies_accuse_no_node_and_a_gang_of_unlike_devices_may_go_without(t
     assert saved(lines) == [2] and all(text.startswith("ReplicasDiffer: ") for text in ended)
     folder = tmp_path / "run" / "attempts" / "001" / "ranks"
     raised = [exits.read(folder / f"{rank:05d}.raised") for rank in range(2)]
-    ranks = [RankSeen(r, 10 + r, 1, one.time, raised=one) for r, one in enumerate(raised) if one]
+    ranks = [RankObservation(r, 10 + r, 1, one.time, raised=one) for r, one in enumerate(raised) if one]
     (verdict,) = death.judge(gang(*ranks, now=ranks[0].raised.time + 99))  # type: ignore[union-attr]
     assert (verdict.kind, verdict.rank, verdict.node) == (VerdictKind.REPLICAS_DIFFER, None, None)
     assert "rank 0 on " in verdict.detail and "rank 1 on " in verdict.detail

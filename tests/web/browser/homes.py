@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from configs.paths import HomePaths
-from faulttol.detect.snapshot import GroupSeen, RankSeen
+from faulttol.detect.snapshot import GroupStatus, RankObservation
 from faulttol.recorder import PhaseMark, RankPhase, Record
-from faulttol.timeline.file import STORED, StepFile, folder
+from faulttol.timeline.step_file import STORED, StepFile, folder
 from orchestrator.record import rank_status
 from orchestrator.record.cluster_log import Cordoned, NodeJoined, NodeLeft
 from orchestrator.record.events import IncidentOpened, VerdictFound
@@ -60,12 +60,12 @@ def steps(run: MadeRun, attempt: int, first: int, count: int, slow: int | None =
         file.close()
 
 
-def look(run: MadeRun, groups: dict[int, tuple[GroupSeen, ...]], **of: dict[int, str]) -> None:
+def look(run: MadeRun, groups: dict[int, tuple[GroupStatus, ...]], **of: dict[int, str]) -> None:
     """What the ranks were last seen doing: `held`, `waits` and `state` by rank."""
     now = time.time()
     record = Record(9, now - 41, PhaseMark.BEGIN, RankPhase.BACKWARD, run.step + 1)
     rows = [
-        RankSeen(
+        RankObservation(
             rank, 1000 + rank, newest=record, groups=groups.get(rank, ()), waits=of.get("waits", {}).get(rank, ""),
             held=of.get("held", {}).get(rank, ""), state=of.get("state", {}).get(rank, "S"),
         )
@@ -134,11 +134,11 @@ def hung(home: HomePaths) -> MadeRun:
     stage = range(CULPRIT // 16 * 16, CULPRIT // 16 * 16 + 16)
     data = tuple(r for r in stage if r % 2 == CULPRIT % 2)
     pair = (CULPRIT - 1, CULPRIT)
-    groups: dict[int, tuple[GroupSeen, ...]] = {}
+    groups: dict[int, tuple[GroupStatus, ...]] = {}
     for rank in data:
-        groups[rank] = (GroupSeen("dp", data, 40 if rank != CULPRIT else 39, 39),)
-    groups[pair[0]] = (GroupSeen("tp", pair, 71, 70),)
-    groups[CULPRIT] = (*groups[CULPRIT], GroupSeen("tp", pair, 70, 70))
+        groups[rank] = (GroupStatus("dp", data, 40 if rank != CULPRIT else 39, 39),)
+    groups[pair[0]] = (GroupStatus("tp", pair, 71, 70),)
+    groups[CULPRIT] = (*groups[CULPRIT], GroupStatus("tp", pair, 70, 70))
     waits = {rank: "all_reduce" for rank in groups if rank != CULPRIT}
     run.run.attempt(1).log(CULPRIT).write_text(f"rank {CULPRIT} begins\n")
     look(run, groups, waits=waits, held={CULPRIT: "stopped (state T)"}, state={CULPRIT: "T"})

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from configs.rank import free_port
-from faulttol import signs
+from faulttol import progress_report
 from tests.forks import forks
 
 
@@ -21,11 +21,11 @@ def _rank(rank: int, port: int, folder: str, asked: Connection[object, object]) 
 
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=3)
     pair = dist.new_group([0, 2], use_local_synchronization=True, group_desc="pair") if rank != 1 else None
-    teller = signs.SignWriter(Path(folder) / f"{rank}", remote=rank == 1)
+    teller = progress_report.ProgressReporter(Path(folder) / f"{rank}", remote=rank == 1)
     box = torch.ones(1)
     while (word := asked.recv()) != "end":
         if word == "tell":
-            teller.tell()
+            teller.write()
         elif word == "start":
             teller.start()
         elif word == "world":
@@ -55,8 +55,8 @@ def test_ranks_tell_what_they_have_entered_and_what_they_wait_in(tmp_path: Path)
         for rank in who if wait else ():
             assert ends[rank].poll(60) and ends[rank].recv() == "done"
 
-    def told(rank: int) -> signs.LastSign:
-        found = signs.read(tmp_path / str(rank))
+    def told(rank: int) -> progress_report.ProgressReport:
+        found = progress_report.read(tmp_path / str(rank))
         assert found is not None
         return found
 
@@ -79,7 +79,9 @@ def test_ranks_tell_what_they_have_entered_and_what_they_wait_in(tmp_path: Path)
     say("receive", 1, wait=False)
     end = time.monotonic() + 60
     waits = ["all_reduce", "recv", ""]
-    while [found.waits if (found := signs.read(tmp_path / str(r))) else None for r in range(3)] != waits:
+    while [
+        found.waits if (found := progress_report.read(tmp_path / str(r))) else None for r in range(3)
+    ] != waits:
         assert time.monotonic() < end
         time.sleep(0.1)
     world = {rank: next(g for g in told(rank).groups if g.name.startswith("group")) for rank in range(3)}
@@ -96,9 +98,9 @@ def test_without_torch_there_are_no_groups_and_no_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "torch.distributed", raising=False)
-    teller = signs.SignWriter(tmp_path / "00000.signs")
-    teller.tell()
-    told = signs.read(tmp_path / "00000.signs")
+    teller = progress_report.ProgressReporter(tmp_path / "00000.signs")
+    teller.write()
+    told = progress_report.read(tmp_path / "00000.signs")
     assert told is not None and told.groups == () and told.waits == ""
     assert [path.name for path in tmp_path.iterdir()] == ["00000.signs"]
 
@@ -108,16 +110,16 @@ def test_without_torch_there_are_no_groups_and_no_fault(
 def test_a_teller_goes_on_after_its_own_fault_and_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(signs, "INTERVAL", 0.01)
+    monkeypatch.setattr(progress_report, "INTERVAL", 0.01)
     tried = threading.Event()
-    monkeypatch.setattr(signs, "_groups", lambda _: tried.set() or 1 / 0)
-    teller = signs.SignWriter(tmp_path / "s")
+    monkeypatch.setattr(progress_report, "_groups", lambda _: tried.set() or 1 / 0)
+    teller = progress_report.ProgressReporter(tmp_path / "s")
     teller.start()
     assert tried.wait(20)
     monkeypatch.undo()
-    monkeypatch.setattr(signs, "INTERVAL", 0.01)
+    monkeypatch.setattr(progress_report, "INTERVAL", 0.01)
     end = time.monotonic() + 20
-    while signs.read(tmp_path / "s") is None:
+    while progress_report.read(tmp_path / "s") is None:
         assert time.monotonic() < end
         time.sleep(0.01)
     teller.stop()
@@ -128,21 +130,21 @@ def test_a_teller_goes_on_after_its_own_fault_and_ends(
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("content", [b"", b"{", b'{"time_ns": 1}', b"[]", b'{"groups": [[]]}'])
 def test_what_is_no_sign_says_nothing(tmp_path: Path, content: bytes) -> None:
-    assert signs.read(tmp_path / "none") is None
+    assert progress_report.read(tmp_path / "none") is None
     (tmp_path / "s").write_bytes(content)
-    assert signs.read(tmp_path / "s") is None
+    assert progress_report.read(tmp_path / "s") is None
 
 
 @pytest.mark.unit
 @pytest.mark.timeout(30)
 def test_evenly_spaced_ranks_take_little_room() -> None:
-    assert signs._compact(range(0, 12288, 8)) == ["range", 0, 12281, 8]
-    assert signs._compact([5]) == ["range", 5, 6, 1]
-    assert signs._compact([0, 1, 4]) == ["list", 0, 1, 4]
+    assert progress_report._compact(range(0, 12288, 8)) == ["range", 0, 12281, 8]
+    assert progress_report._compact([5]) == ["range", 5, 6, 1]
+    assert progress_report._compact([0, 1, 4]) == ["list", 0, 1, 4]
 
 
 @pytest.mark.unit
 @pytest.mark.timeout(30)
 def test_a_url_is_remote_and_a_path_is_not() -> None:
-    assert signs.is_remote(None, "s3://bucket/x") and signs.is_remote("gs://x")
-    assert not signs.is_remote(None, "/data/x", "file:///data/x", "")
+    assert progress_report.is_remote(None, "s3://bucket/x") and progress_report.is_remote("gs://x")
+    assert not progress_report.is_remote(None, "/data/x", "file:///data/x", "")

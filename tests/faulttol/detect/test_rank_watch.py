@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from configs.rank import RankFiles
-from faulttol import exits, proc, steady
-from faulttol.detect import look, processes
-from faulttol.detect.look import RankWatch
+from faulttol import exits, proc, steady_clock
+from faulttol.detect import processes, rank_watch
+from faulttol.detect.rank_watch import RankWatch
 from faulttol.recorder import RankPhase, Recorder
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
@@ -62,7 +62,7 @@ def _until(true: Callable[[], object]) -> None:
 
 
 def _idle(pid: int) -> str:
-    return processes.idle(processes.tree(pid), frozenset())
+    return processes.blocking_syscall(processes.tree(pid), frozenset())
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_a_connection_elsewhere_may_bring_it_back(
         _until(lambda: _idle(child.pid) == "recvfrom")
         monkeypatch.setattr(processes, "_HERE", ("nowhere",))
         assert _idle(child.pid) == ""
-        assert processes.idle(processes.tree(child.pid), frozenset({"127.0.0.1"})) == "recvfrom"
+        assert processes.blocking_syscall(processes.tree(child.pid), frozenset({"127.0.0.1"})) == "recvfrom"
 
 
 def test_addresses_are_read_as_the_kernel_writes_them() -> None:
@@ -176,8 +176,12 @@ def test_a_stopped_rank_is_seen_at_once(
     child = begun(_SLEEPS)
     seen = _Seen(tmp_path, child.pid)
     seen.ring.begin(RankPhase.FORWARD, 7)
-    first = seen.watch.look()
-    assert first.newest is not None and first.newest.step == 7 and abs(first.newest.time - steady.now()) < 5
+    first = seen.watch.observe()
+    assert (
+        first.newest is not None
+        and first.newest.step == 7
+        and abs(first.newest.time - steady_clock.now()) < 5
+    )
     assert (first.rank, first.pid, first.held, first.held_since, first.asleep_since) == (
         3,
         child.pid,
@@ -185,70 +189,70 @@ def test_a_stopped_rank_is_seen_at_once(
         None,
         None,
     )
-    assert seen.watch.look() == first, "nothing has changed"
+    assert seen.watch.observe() == first, "nothing has changed"
     child.send_signal(signal.SIGSTOP)
     _until(lambda: proc.state(child.pid) == "T")
-    stopped = seen.watch.look()
+    stopped = seen.watch.observe()
     assert stopped.state == "T" and stopped.held == "stopped (state T)"
-    assert stopped.held_since is not None and abs(stopped.held_since - steady.now()) < 5
-    assert seen.watch.look() == stopped
+    assert stopped.held_since is not None and abs(stopped.held_since - steady_clock.now()) < 5
+    assert seen.watch.observe() == stopped
     child.send_signal(signal.SIGCONT)
     _until(lambda: proc.state(child.pid) == "S")
-    assert seen.watch.look().held_since is None
+    assert seen.watch.observe().held_since is None
 
 
 def test_a_silent_rank_is_looked_at_closely(
     tmp_path: Path, begun: Callable[[str], subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(look, "_SILENT", 0.0)
+    monkeypatch.setattr(rank_watch, "_SILENT", 0.0)
     child = begun(f"pid = os.fork()\nif pid == 0: time.sleep(1e6)\n{_SLEEPS}")
     seen = _Seen(tmp_path, child.pid)
     seen.ring.begin(RankPhase.FORWARD, 7)
-    _until(lambda: seen.watch.look().held)
-    first = seen.watch.look()
+    _until(lambda: seen.watch.observe().held)
+    first = seen.watch.observe()
     assert (
         first.held == "asleep in clock_nanosleep"
         and first.held_since is None
         and first.asleep_since is not None
     )
-    assert seen.watch.look().asleep_since == first.asleep_since
+    assert seen.watch.observe().asleep_since == first.asleep_since
     seen.ring.touch()
-    assert seen.watch.look().asleep_since is None
-    _until(lambda: seen.watch.look().asleep_since)
-    again = seen.watch.look().asleep_since
+    assert seen.watch.observe().asleep_since is None
+    _until(lambda: seen.watch.observe().asleep_since)
+    again = seen.watch.observe().asleep_since
     assert again is not None and again > first.asleep_since
     writer = processes.tree(child.pid)[1].pid
     os.kill(writer, signal.SIGSTOP)
-    _until(lambda: seen.watch.look().held_since is not None)
-    assert seen.watch.look().held.startswith(f"held up: its process {writer} (")
+    _until(lambda: seen.watch.observe().held_since is not None)
+    assert seen.watch.observe().held.startswith(f"held up: its process {writer} (")
 
 
 def test_a_rank_that_works_is_not_asleep_between_two_looks(
     tmp_path: Path, begun: Callable[[str], subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Seen asleep each time by chance: its CPU time tells."""
-    monkeypatch.setattr(look, "_SILENT", 0.0)
-    monkeypatch.setattr(processes, "idle", lambda *_: "futex")
+    monkeypatch.setattr(rank_watch, "_SILENT", 0.0)
+    monkeypatch.setattr(processes, "blocking_syscall", lambda *_: "futex")
     child = begun(_WORKS)
     seen = _Seen(tmp_path, child.pid)
     for _ in range(3):
-        seen.watch.look()
+        seen.watch.observe()
         used = processes.tree(child.pid)[0].cpu_seconds
         _until(lambda: processes.tree(child.pid)[0].cpu_seconds > used + 0.3)  # noqa: B023  (called at once)
-        assert seen.watch.look().asleep_since is None
+        assert seen.watch.observe().asleep_since is None
 
 
 def test_a_rank_that_gets_no_processor_is_not_asleep(
     tmp_path: Path, begun: Callable[[str], subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It uses no CPU time, and would."""
-    monkeypatch.setattr(look, "_SILENT", 0.0)
+    monkeypatch.setattr(rank_watch, "_SILENT", 0.0)
     told = iter(["futex", "futex", "running", "futex", "running", "running", "futex", "futex"])
-    monkeypatch.setattr(processes, "idle", lambda *_: next(told))
+    monkeypatch.setattr(processes, "blocking_syscall", lambda *_: next(told))
     child = begun(_SLEEPS)
     seen = _Seen(tmp_path, child.pid)
     seen.ring.begin(RankPhase.FORWARD, 7)
-    since = [seen.watch.look().asleep_since for _ in range(8)]
+    since = [seen.watch.observe().asleep_since for _ in range(8)]
     assert [one is not None for one in since] == [False, True, False, True, False, False, False, True]
     first, again, last = since[1], since[3], since[7]
     assert first is not None and last is not None and again == first < last, "once is not a work, twice is"
@@ -264,17 +268,17 @@ def test_beside_an_object_store_only_computing_ranks_are_idle(
     phase: RankPhase,
     asleep: bool,
 ) -> None:
-    monkeypatch.setattr(look, "_SILENT", 0.0)
+    monkeypatch.setattr(rank_watch, "_SILENT", 0.0)
     child = begun(_SLEEPS)
     _until(lambda: _idle(child.pid))
     seen = _Seen(tmp_path, child.pid)
     seen.ring.begin(phase, 7)
     tree = '{"time_ns": 1, "waits": "recv", "remote": true, "groups": [["g", ["range", 0, 4, 2], 7, 6]]}'
     seen.files.signs.write_text(tree)
-    seen.watch.look()
+    seen.watch.observe()
     if asleep:
-        _until(lambda: seen.watch.look().held)
-    found = seen.watch.look()
+        _until(lambda: seen.watch.observe().held)
+    found = seen.watch.observe()
     assert (found.asleep_since is not None) is asleep and found.waits == "recv"
     assert found.groups[0].ranks == range(0, 4, 2) and (found.groups[0].entered, found.groups[0].left) == (
         7,
@@ -287,7 +291,7 @@ def test_the_end_of_a_rank_carries_what_it_wrote(tmp_path: Path) -> None:
     child.wait()
     seen = _Seen(tmp_path, child.pid)
     exits.write(seen.files.raised, ValueError("mine"))
-    ended = seen.watch.look(1, 123.0, "words")
+    ended = seen.watch.observe(1, 123.0, "words")
     assert (ended.exit_code, ended.exit_time, ended.last_words, ended.ended) == (1, 123.0, "words", True)
     assert ended.raised is not None and ended.raised.error == "ValueError: mine"
     shifted = ended.shifted(10.0)
@@ -296,5 +300,5 @@ def test_the_end_of_a_rank_carries_what_it_wrote(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_has_told_nothing_is_seen_all_the_same(tmp_path: Path) -> None:
-    seen = RankWatch(RankFiles(tmp_path, 0), os.getpid()).look()
+    seen = RankWatch(RankFiles(tmp_path, 0), os.getpid()).observe()
     assert seen.newest is None and seen.raised is None and not seen.ended and seen.groups == ()

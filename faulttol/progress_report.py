@@ -1,7 +1,7 @@
-"""Signs of a rank: which collectives it has entered in each communicator, and which one it waits in.
+"""What a rank reports while it runs: the collectives it has entered in each communicator, and the call it waits in.
 
-A thread of the rank looks about once a second and writes one small file into the node's memory, replaced whole. It reads
-counters that torch keeps anyway, so the step pays nothing; a process that is stopped leaves what it was last seen at.
+A thread of the rank writes one small file a second into the node's memory, replaced whole. It reads counters that torch
+keeps anyway, so the step pays nothing; a process that is stopped leaves its last report.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ from types import FrameType
 from typing import Any
 
 from configs.errors import from_json
-from faulttol.detect.snapshot import GroupSeen
+from faulttol.detect.snapshot import GroupStatus
 
 INTERVAL = 1.0
-"""Seconds between two looks."""
+"""Seconds between two reports."""
 _DEPTH = 12
-"""Frames that are looked at, innermost first."""
-_THROUGH = ("/torch/_ops.py", "/torch/utils/_contextlib.py", "/torch/_compile.py")
-"""Files that only pass a call on."""
-_INSIDE = ("/torch/distributed/", "/faulttol/checkpoint/peers.py")
+"""Frames of the stack that are inspected, innermost first."""
+_WRAPPER_FILES = ("/torch/_ops.py", "/torch/utils/_contextlib.py", "/torch/_compile.py")
+"""Files whose frames only wrap another call."""
+_DISTRIBUTED_FILES = ("/torch/distributed/", "/faulttol/checkpoint/peers.py")
 """Files whose functions wait for peers and for little else."""
 _DEVICE_FILES = ("/torch/cuda/__init__.py", "/torch/cuda/streams.py")
 DEVICE = "device"
-"""Told in place of a call by a rank that waits for its device, which may be waiting for peers."""
+"""Reported in place of a call by a rank that waits for its device, which may itself wait for peers."""
 
 
 @dataclass(frozen=True)
-class LastSign:
-    """What a rank reported last."""
+class ProgressReport:
+    """The newest report of a rank."""
 
     monotonic_ns: int
     """When, by the node's clock."""
     waits: str
-    """Distributed call that its main thread stands in, or `DEVICE`; empty where it waits in neither."""
+    """Distributed call that its main thread is in, or `DEVICE`; empty where it waits in neither."""
     remote: bool
     """It may wait for an object store."""
-    groups: tuple[GroupSeen, ...]
+    groups: tuple[GroupStatus, ...]
     thread: int = 0
-    """Kernel's id of the thread that tells; it wakes up once a second, whatever the rank does."""
+    """Kernel's id of the reporting thread, which wakes up once a second, whatever the rank does."""
 
 
-class SignWriter:
-    """Tells of this process until it ends.
+class ProgressReporter:
+    """Reports the progress of this process until it ends.
 
     Args:
         path: `RankFiles.signs`.
@@ -63,24 +63,24 @@ class SignWriter:
         self._thread = threading.Thread(target=self._run, name="megaray-signs", daemon=True)
 
     def start(self) -> None:
-        """Begin to tell."""
+        """Start the reporting thread."""
         self._path.unlink(missing_ok=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Tell no more; the file stays."""
+        """Stop reporting; the file stays."""
         self._ends.set()
         self._thread.join()
 
     def _run(self) -> None:
         while not self._ends.wait(INTERVAL):
             with contextlib.suppress(Exception):  # an observer's fault never stops training
-                self.tell()
+                self.write()
 
-    def tell(self) -> None:
-        """Write what is seen now."""
+    def write(self) -> None:
+        """Write one report."""
         frame = sys._current_frames().get(self._main or 0)
-        waits, group = _standing(frame)
+        waits, group = _current_call(frame)
         tree = {
             "time_ns": time.monotonic_ns(),
             "waits": waits,
@@ -93,40 +93,40 @@ class SignWriter:
         own.replace(self._path)
 
 
-def read(path: Path) -> LastSign | None:
-    """What a rank reported last; None where it hasn't reported anything."""
+def read(path: Path) -> ProgressReport | None:
+    """A rank's newest report; None where there is none."""
     try:
         tree = from_json(path.read_bytes())
         groups = tuple(
-            GroupSeen(name, range(*ranks[1:]) if ranks[0] == "range" else tuple(ranks[1:]), entered, left)
+            GroupStatus(name, range(*ranks[1:]) if ranks[0] == "range" else tuple(ranks[1:]), entered, left)
             for name, ranks, entered, left in tree["groups"]
         )
         thread = int(tree.get("thread", 0))
-        return LastSign(int(tree["time_ns"]), str(tree["waits"]), bool(tree["remote"]), groups, thread)
+        return ProgressReport(int(tree["time_ns"]), str(tree["waits"]), bool(tree["remote"]), groups, thread)
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         return None
 
 
-def _standing(frame: FrameType | None) -> tuple[str, Any]:
-    """The distributed call that a thread stands in, and its group where the call says it; empty and None outside of any."""
-    while frame is not None and frame.f_code.co_filename.endswith(_THROUGH):
+def _current_call(frame: FrameType | None) -> tuple[str, Any]:
+    """The distributed call that a thread is in, and its group where the frame has one; empty and None outside of any."""
+    while frame is not None and frame.f_code.co_filename.endswith(_WRAPPER_FILES):
         frame = frame.f_back
     if frame is None:
         return "", None
     if frame.f_code.co_name == "synchronize" and frame.f_code.co_filename.endswith(_DEVICE_FILES):
         return DEVICE, None
-    if not _is_inside(frame):
+    if not _in_distributed_code(frame):
         return "", None
     name, group, depth = "", None, 0
-    while frame is not None and _is_inside(frame) and depth < _DEPTH:
+    while frame is not None and _in_distributed_code(frame) and depth < _DEPTH:
         name = frame.f_code.co_name if frame.f_code.co_name not in ("wrapper", "__exit__") else name
         group = group if group is not None else frame.f_locals.get("group")
         frame, depth = frame.f_back, depth + 1
     return name, group
 
 
-def _is_inside(frame: FrameType) -> bool:
-    return any(part in frame.f_code.co_filename for part in _INSIDE)
+def _in_distributed_code(frame: FrameType) -> bool:
+    return any(part in frame.f_code.co_filename for part in _DISTRIBUTED_FILES)
 
 
 def _groups(inside: Any) -> list[tuple[str, list[Any], int, int]]:

@@ -17,7 +17,7 @@ _STEP = re.compile(r"step-(\d{10,})")
 
 
 @dataclass(frozen=True)
-class CheckpointPlace:
+class CheckpointLocation:
     """A folder of checkpoints, and the one that was named in it."""
 
     typed: str
@@ -81,7 +81,7 @@ class CheckpointPlace:
         return dict(_yaml(self.run.newest_config).get("checkpoint") or {})
 
 
-def find(typed: str, step: int | None = None, attempt: int | None = None) -> CheckpointPlace:
+def find(typed: str, step: int | None = None, attempt: int | None = None) -> CheckpointLocation:
     """The place that was typed.
 
     Args:
@@ -105,23 +105,23 @@ def find(typed: str, step: int | None = None, attempt: int | None = None) -> Che
                 f"--step={step} isn't the step of PATH='{typed}': leave one of them out, or type {folder_of(step or 0)}"
             )
         place = find(base or ("/" if typed.startswith("/") else "."), int(named[1]), attempt)
-        return CheckpointPlace(typed, place.root, place.step, attempt, place.run)
+        return CheckpointLocation(typed, place.root, place.step, attempt, place.run)
     if "://" in typed:
-        return CheckpointPlace(typed, typed.rstrip("/"), step, attempt)
+        return CheckpointLocation(typed, typed.rstrip("/"), step, attempt)
     path = Path(typed).expanduser()
     if path.is_dir():
         run = RunPaths(path.resolve())
         if run.config.is_file() or run.checkpoints.is_dir():
-            return CheckpointPlace(typed, _checkpoints(run), step, attempt, run)
+            return CheckpointLocation(typed, _checkpoints(run), step, attempt, run)
         owner = RunPaths(run.root.parent)
         mine = owner.checkpoints == run.root and owner.config.is_file()
-        return CheckpointPlace(typed, str(path), step, attempt, owner if mine else None)
+        return CheckpointLocation(typed, str(path), step, attempt, owner if mine else None)
     if path.exists():
         raise UserError(
             f"PATH='{typed}' is a file: name a run, a folder of checkpoints, or the folder of a step"
         )
     run = _run(typed)
-    return CheckpointPlace(typed, _checkpoints(run), step, attempt, run)
+    return CheckpointLocation(typed, _checkpoints(run), step, attempt, run)
 
 
 def output(typed: str) -> CheckpointStore:

@@ -17,6 +17,6 @@ def now() -> float:
     return (time.monotonic_ns() + OFFSET_NS) / 1e9
 
 
-def of(monotonic_ns: int) -> float:
+def from_monotonic_ns(monotonic_ns: int) -> float:
     """The same for an instant of the node's monotonic clock."""
     return (monotonic_ns + OFFSET_NS) / 1e9

@@ -16,7 +16,7 @@ from faulttol.checkpoint.hashes import MAX_READ, THREADS, CheckpointSource, tens
 from faulttol.checkpoint.manifest import Incomplete
 from faulttol.checkpoint.retention import Retention
 from faulttol.checkpoint.store import CheckpointStore
-from faulttol.commands import places, screen
+from faulttol.commands import locations, terminal
 from faulttol.convert.job import ConversionJob, Estimate
 
 
@@ -32,11 +32,11 @@ class CommandResult:
     """Exit code."""
 
 
-def _named(options: argparse.Namespace) -> places.CheckpointPlace:
-    return places.find(options.path, options.step, options.attempt)
+def _named(options: argparse.Namespace) -> locations.CheckpointLocation:
+    return locations.find(options.path, options.step, options.attempt)
 
 
-def _source(place: places.CheckpointPlace) -> CheckpointSource:
+def _source(place: locations.CheckpointLocation) -> CheckpointSource:
     store = place.store
     return CheckpointSource(store, place.commit(CheckpointFolder(store)))
 
@@ -46,12 +46,12 @@ def _read(source: CheckpointSource) -> AbstractContextManager[None]:
     return retaining.read_lease(source.store, source.commit)
 
 
-def _bar(what: str) -> screen.ByteProgress:
-    return screen.ByteProgress(sys.stderr, what)
+def _bar(what: str) -> terminal.ByteProgress:
+    return terminal.ByteProgress(sys.stderr, what)
 
 
 def _told(estimate: Estimate) -> CommandResult:
-    return CommandResult(asdict(estimate), screen.estimate(estimate))
+    return CommandResult(asdict(estimate), terminal.estimate(estimate))
 
 
 def inspect(options: argparse.Namespace) -> CommandResult:
@@ -91,7 +91,7 @@ def diff(options: argparse.Namespace) -> CommandResult:
     """`diff FIRST SECOND`."""
     from faulttol.commands import diff as comparing
 
-    first, second = _source(places.find(options.path)), _source(places.find(options.other))
+    first, second = _source(locations.find(options.path)), _source(locations.find(options.other))
     with _bar("compare") as bar, _read(first), _read(second):
         difference = comparing.diff(first, second, bar)
     return CommandResult(difference.to_json(), difference.lines(), 0 if difference.same else 1)
@@ -103,7 +103,7 @@ def reshard(options: argparse.Namespace) -> CommandResult:
 
     text = f"dp={options.files}" if options.files else options.layout
     layout = cutting.parse_layout(text)
-    out = places.output(options.out)
+    out = locations.output(options.out)
     source = _source(_named(options))
     cutting.refuse_out(source, out)
     if options.dry_run:
@@ -130,7 +130,7 @@ def prune(options: argparse.Namespace) -> CommandResult:
     """`prune PATH`."""
     from faulttol.commands import prune as pruning
 
-    place = places.find(options.path, options.step)
+    place = locations.find(options.path, options.step)
     store = place.store
     folder = CheckpointFolder(store)
     folder.refuse_others()
@@ -146,7 +146,7 @@ def prune(options: argparse.Namespace) -> CommandResult:
         retention = Retention(last, options.keep_every)
     steps = pruning.parse_steps(options.steps)
     broken = _broken(store, folder) if options.verify else []
-    going = pruning.doomed(folder, retention, steps, broken)
+    going = pruning.candidates(folder, retention, steps, broken)
     left_over = pruning.interrupted(folder) if options.interrupted else []
     pruned = pruning.prune(store, going, left_over, dry=True)
     if not options.dry_run and (going or left_over):
@@ -159,7 +159,7 @@ def prune(options: argparse.Namespace) -> CommandResult:
     return CommandResult(data, lines)
 
 
-def _pin(options: argparse.Namespace, place: places.CheckpointPlace) -> CommandResult:
+def _pin(options: argparse.Namespace, place: locations.CheckpointLocation) -> CommandResult:
     """Pin or unpin a step, the newest where none is named."""
     store = place.store
     step = place.step if place.step is not None else place.commit().step
@@ -234,7 +234,7 @@ def _run(options: argparse.Namespace, job: ConversionJob) -> CommandResult:
     from faulttol.commands import convert
 
     if options.dry_run:
-        return CommandResult(*convert.told(job.estimate, job.notes))
+        return CommandResult(*convert.estimate_result(job.estimate, job.notes))
     with _bar(options.command) as bar:
         return CommandResult(*convert.run(job, bar))
 

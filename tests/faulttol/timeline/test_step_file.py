@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from configs.errors import UserError
-from faulttol.timeline import codes, file, reader
-from faulttol.timeline.file import BATCH, CAPACITIES, CLEAR, FACTOR, STORED, StepFile, folder
-from faulttol.timeline.heat import HeatRequest, deviation, heat, joined, median
+from faulttol.timeline import codes, reader, step_file
+from faulttol.timeline.heat import HeatRequest, deviation, heat_map, joined, median
 from faulttol.timeline.reader import AttemptSteps
+from faulttol.timeline.step_file import BATCH, CAPACITIES, CLEAR, FACTOR, STORED, StepFile, folder
 from tests.conftest import descriptors
 
 pytestmark = [pytest.mark.unit, pytest.mark.timeout(60)]
@@ -156,7 +156,7 @@ def test_a_stale_handle_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_file_has_a_bounded_size(tmp_path: Path) -> None:
     _fill(tmp_path / "a.steps", 30_000)
     size = (tmp_path / "a.steps").stat().st_size
-    shape = file.StepFileShape("a", (0, 1))
+    shape = step_file.StepFileShape("a", (0, 1))
     assert size <= shape.offset(len(CAPACITIES) - 1, 7) + shape.block(1)
     _fill(tmp_path / "b.steps", 60_000)
     assert (tmp_path / "b.steps").stat().st_size <= size * 1.05
@@ -203,7 +203,9 @@ def test_a_file_of_other_ranks_is_begun_anew(tmp_path: Path) -> None:
     _fill(tmp_path / "a.steps", 100)
     made = StepFile(tmp_path / "a.steps", "a", [4, 5, 6])
     assert made.next is None
-    assert file.shape_of(os.open(tmp_path / "a.steps", os.O_RDONLY)) == file.StepFileShape("a", (4, 5, 6))
+    assert step_file.shape_of(os.open(tmp_path / "a.steps", os.O_RDONLY)) == step_file.StepFileShape(
+        "a", (4, 5, 6)
+    )
 
 
 def test_missing_steps_are_unknown_and_earlier_ones_change_nothing(tmp_path: Path) -> None:
@@ -252,7 +254,7 @@ def test_what_is_overwritten_while_it_is_read_is_read_again(
 def test_readers_keep_clear_of_what_the_next_commits_overwrite() -> None:
     for level, capacity in enumerate(CAPACITIES):
         adds = -(-BATCH // FACTOR**level)
-        assert capacity > CLEAR[level] >= 2 * adds and CLEAR[level] >= adds + file.BLOCK - 1
+        assert capacity > CLEAR[level] >= 2 * adds and CLEAR[level] >= adds + step_file.BLOCK - 1
 
 
 def test_without_descriptors_files_are_opened_for_each_read(
@@ -261,7 +263,7 @@ def test_without_descriptors_files_are_opened_for_each_read(
     values = {name: _fill(folder(tmp_path) / f"{name}.steps", 50, seed=ord(name)) for name in "abc"}
     for number, name in enumerate("abc"):  # ranks of their own
         raw = (folder(tmp_path) / f"{name}.steps").read_bytes()
-        head = file.StepFileShape(name, (2 * number, 2 * number + 1)).header
+        head = step_file.StepFileShape(name, (2 * number, 2 * number + 1)).header
         (folder(tmp_path) / f"{name}.steps").write_bytes(head + raw[len(head) :])
     inner, shut, opened = os.open, os.close, set()
 
@@ -338,7 +340,7 @@ LAYOUT = {"pp": 2, "dp": 4, "ep": 2}
 
 
 def test_the_slow_rank_stands_out_against_its_stage(attempt: Path) -> None:
-    found = heat(AttemptSteps(attempt), HeatRequest(mode="deviation", columns=100), LAYOUT)
+    found = heat_map(AttemptSteps(attempt), HeatRequest(mode="deviation", columns=100), LAYOUT)
     assert [row.ranks for row in found.rows] == [(rank,) for rank in range(8)] and found.unit == ""
     assert found.mean[5, 60:] == pytest.approx([0.5] * 40, abs=1e-3)
     found.mean[5, 60:] = 0
@@ -347,19 +349,19 @@ def test_the_slow_rank_stands_out_against_its_stage(attempt: Path) -> None:
 
 def test_rows_by_node_and_by_axis(attempt: Path) -> None:
     steps = AttemptSteps(attempt)
-    by_node = heat(steps, HeatRequest(group="node", columns=100), LAYOUT)
+    by_node = heat_map(steps, HeatRequest(group="node", columns=100), LAYOUT)
     assert [row.label for row in by_node.rows] == ["n0", "n1", "n2", "n3"]
     assert by_node.mean[:, -1] == pytest.approx([1, 1, 2.5, 2], rel=1e-3)
     assert by_node.most[:, -1] == pytest.approx([1, 1, 3, 2], rel=1e-3)
-    by_stage = heat(steps, HeatRequest(group="pp", columns=100), LAYOUT)
+    by_stage = heat_map(steps, HeatRequest(group="pp", columns=100), LAYOUT)
     assert [(row.label, row.ranks) for row in by_stage.rows] == [
         ("pp 0", (0, 1, 2, 3)),
         ("pp 1", (4, 5, 6, 7)),
     ]
     assert by_stage.mean[:, -1] == pytest.approx([1, 2.25], rel=1e-3)
-    by_expert = heat(steps, HeatRequest(group="ep", columns=100), LAYOUT)
+    by_expert = heat_map(steps, HeatRequest(group="ep", columns=100), LAYOUT)
     assert [row.ranks for row in by_expert.rows] == [(0, 2, 4, 6), (1, 3, 5, 7)]
-    few = heat(steps, HeatRequest(rows=3, columns=1), LAYOUT)
+    few = heat_map(steps, HeatRequest(rows=3, columns=1), LAYOUT)
     assert [(row.label, row.ranks) for row in few.rows] == [
         ("ranks 0–2", (0, 1, 2)), ("ranks 3–5", (3, 4, 5)), ("ranks 6–7", (6, 7)),
     ]  # fmt: skip
@@ -368,20 +370,20 @@ def test_rows_by_node_and_by_axis(attempt: Path) -> None:
 def test_some_ranks_alone_keep_their_peers(attempt: Path) -> None:
     steps = AttemptSteps(attempt)
     for mode in ("raw", "deviation"):
-        whole = heat(steps, HeatRequest(mode=mode, columns=100), LAYOUT)
-        some = heat(steps, HeatRequest(mode=mode, columns=100, ranks=range(3, 6)), LAYOUT)
+        whole = heat_map(steps, HeatRequest(mode=mode, columns=100), LAYOUT)
+        some = heat_map(steps, HeatRequest(mode=mode, columns=100, ranks=range(3, 6)), LAYOUT)
         assert [row.ranks for row in some.rows] == [(3,), (4,), (5,)]
         assert some.mean == pytest.approx(whole.mean[3:6])
-    nodes = heat(steps, HeatRequest(group="node", ranks=range(4, 8), columns=1), LAYOUT)
+    nodes = heat_map(steps, HeatRequest(group="node", ranks=range(4, 8), columns=1), LAYOUT)
     assert [row.label for row in nodes.rows] == ["n2", "n3"]
 
 
 @pytest.mark.parametrize(("name", "value"), [("field", "computer"), ("mode", "rew"), ("group", "npde")])
 def test_a_wrong_word_is_named_with_what_there_is(attempt: Path, name: str, value: str) -> None:
     with pytest.raises(UserError, match=f"{name}='{value}' isn't one of"):
-        heat(AttemptSteps(attempt), HeatRequest(**{name: value}), LAYOUT)
+        heat_map(AttemptSteps(attempt), HeatRequest(**{name: value}), LAYOUT)
 
 
 def test_an_attempt_without_steps_has_an_empty_map(tmp_path: Path) -> None:
-    found = heat(AttemptSteps(tmp_path), HeatRequest(), {})
+    found = heat_map(AttemptSteps(tmp_path), HeatRequest(), {})
     assert found.rows == () and np.isnan(found.low)

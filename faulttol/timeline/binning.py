@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-class Total:
+class BinTotals:
     """Sums, weights and largest values of wide columns, to which narrow ones are added.
 
     Args:
