@@ -1,4 +1,4 @@
-"""The import that all formats share: tensors of another format, placed in ours, become a checkpoint."""
+"""The part of an import that all formats share: from tensors of another format to a checkpoint of ours."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class SealRequest:
 
 @dataclass(frozen=True)
 class WriteRequest:
-    """Write a file that was sealed before."""
+    """Write an already sealed file to another root."""
 
     buffer: str
     layout: ShardLayout

@@ -1,4 +1,4 @@
-"""Columns of a level joined to the wider ones that are drawn."""
+"""Bins the columns of a level into the wider columns that are drawn."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 
 class BinTotals:
-    """Sums, weights and largest values of wide columns, to which narrow ones are added.
+    """Sums, weights and maxima of wide columns, to which narrow ones are added.
 
     Args:
         rows: ranks.
@@ -24,7 +24,7 @@ class BinTotals:
     def add(
         self, means: NDArray[np.float32], mosts: NDArray[np.float32], steps: NDArray[np.int64], size: int
     ) -> None:
-        """Take columns [rows, columns] that begin at `steps`, ascending, and hold `size` steps each."""
+        """Add columns [rows, columns] that begin at `steps`, ascending, and hold `size` steps each."""
         # A multiple of `size`, as are the distances of steps and edges.
         width = int(self._edges[1] - self._edges[0])
         first, inside = divmod(int(steps[0] - self._edges[0]), width)
@@ -53,7 +53,7 @@ class BinTotals:
         self._has[into] = True
 
     def result(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Mean and most."""
+        """Mean and maximum."""
         with np.errstate(invalid="ignore", divide="ignore"):
             return self._sums / self._weights, self._mosts
 
