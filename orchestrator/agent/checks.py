@@ -90,7 +90,10 @@ class NodeHealthCheck:
             if self._closed:
                 return
             try:
-                results = [*host.quick_checks(), host.run_check("neighbours", lambda: host.neighbours(self._peers))]
+                results = [
+                    *host.quick_checks(),
+                    host.run_check("neighbours", lambda: host.neighbours(self._peers)),
+                ]
                 results += self._check_fully()
                 self._health = NodeHealth(True, Preflight(tuple(results)).why, self._beacon.port)
             except Exception:  # an instrument that breaks must not bar a node

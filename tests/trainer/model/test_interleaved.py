@@ -354,7 +354,7 @@ def test_qwen_s_file_says_which_layers_are_dense() -> None:
 )  # fmt: skip
 def test_families_without_interleaved_layers_refuse_them_by_name(kind: dict[str, Any], family: str) -> None:
     assert family_of(shape(**kind))
-    with pytest.raises(UserError, match=rf"^model.moe_every=2 can't be expressed .*{family}"):
+    with pytest.raises(UserError, match=rf"^model.moe_every=2 can't be exported to Hugging Face: .*{family}"):
         family_of(shape(**kind, moe_every=2, dense_width=16))
 
 
