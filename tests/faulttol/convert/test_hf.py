@@ -464,7 +464,7 @@ def test_an_imported_model_trains_on(name: str, kind: Any, tmp_path: Path) -> No
             gc.enable()
         config = compose(words)
         store = prepare(config.data, config.model.vocab, tmp_path / "data")
-        sampler = store.sampler(config.data, config.train.seed)
+        sampler = store.train_sampler(config.data, config.train.seed)
     lines = read_from(rank.paths.metrics, 0)[0]
     assert [line.step for line in lines if isinstance(line, ResumedLine)] == [0]
     tokens = torch.from_numpy(sampler.batch(0, 0, 4, 0, 1).astype("int64"))
