@@ -225,9 +225,9 @@ def test_a_node_of_cores_is_looked_at_without_torch(monkeypatch: pytest.MonkeyPa
     assert check.poll() == NodeHealth(False, "", check.poll().port)
     until(lambda: check.poll().checked, "the first look")
     assert check.poll().problem == ""
-    monkeypatch.setattr(checks.host, "quick", lambda: [Check("host memory", CheckOutcome.BAD, "none")])
+    monkeypatch.setattr(checks.host, "quick_checks", lambda: [Check("host memory", CheckOutcome.BAD, "none")])
     until(lambda: check.poll().problem == "host memory: none", "that it is bad now")
-    monkeypatch.setattr(checks.host, "quick", lambda: 1 // 0)
+    monkeypatch.setattr(checks.host, "quick_checks", lambda: 1 // 0)
     until(lambda: check.poll().problem == "", "an instrument that breaks bars nobody")
     check.close()
 

@@ -316,7 +316,7 @@ def test_a_rank_that_cannot_be_looked_at_silences_nobody(
     def fail(*_: object) -> None:
         raise ValueError("a file that nobody can read")
 
-    monkeypatch.setattr(attempts.RankWatch, "look", fail)
+    monkeypatch.setattr(attempts.RankWatch, "observe", fail)
     assert agent.reconcile(order(run, DesiredState.WATCHED)).report.ranks == (before,)
     os.kill(pid, signal.SIGKILL)
     answer = attend_until(
