@@ -121,7 +121,7 @@ MUTANTS = [
         "an interpreter that has opened the driver is taken for other devices",
         _STANDBYS,
         "_kept(env, PER_RANK))",
-        "_kept(env, CHANGING))",
+        "_kept(env, SETTABLE_AFTER_LIBRARIES))",
         f"{_OF_STANDBYS}one_is_taken_only_for_the_same_program_code_and_environment",
     ),
     Mutant(

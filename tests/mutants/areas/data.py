@@ -45,7 +45,7 @@ MUTANTS = [
         "samples come in the stream's order",
         _SAMPLER,
         "self.permute(position_in_epoch, epoch, part) * self._sequence",
-        "place * self._sequence",
+        "position_in_epoch * self._sequence",
         f"{_TEST}the_samples_are_fixed_for_ever",
     ),
     Mutant(
